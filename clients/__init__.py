@@ -1,0 +1,1 @@
+"""What runs on a client: a Flower ClientApp, the same in a simulation and on a device."""

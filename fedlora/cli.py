@@ -1,0 +1,249 @@
+"""The command line: everything a user typed is checked, for every cell of a sweep, before any work is done.
+
+Hydra's grammar and composition are used through its Compose API, so that one path serves a single run and a sweep, and
+so that a cell is composed once and what was checked is what is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import fedlora
+from fedlora import check
+from fedlora.check import ConfigError, RunError
+from fedlora.config import Config, from_dict, settings
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+
+EXAMPLES = """examples:
+  python run.py strategy=fedsvd clients=50
+  python run.py -m strategy=fedsvd,ffa_lora seed=1,2,3 rounds=20
+  python run.py experiment=sst2 dataset.path=train.tsv dataset.test=test.tsv model.path=bert-base-uncased plan=true
+"""
+
+
+def main(configs: Path, argv: Sequence[str] | None = None) -> int:
+    """Run what the command line asks for. Returns the exit status.
+
+    0: done; 1: a run failed; 2: a setting, a file or a model must be put right first; 130: stopped by Ctrl-C.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        if arguments.help:
+            print(help_text(configs))
+            return 0
+        cells = [compose(configs, cell) for cell in expand(arguments.overrides, arguments.multirun)]
+        if arguments.list:
+            return _list(cells[0])
+        return _plan(cells) if cells[0].plan else _run(cells)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C before the first round; nothing was trained", file=sys.stderr)
+        return 130
+
+
+# ---- before any work
+
+
+def expand(overrides: list[str], multirun: bool) -> list[list[str]]:
+    """The cells of the sweep, each a list of overrides; one cell without `-m`. Raises ConfigError for bad grammar."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import OverrideParseException
+
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except OverrideParseException as error:
+        raise ConfigError(f"{error.override} is not an override; write setting=value, such as clients=50") from error
+    for override in parsed:
+        if override.is_sweep_override() and not multirun:
+            raise ConfigError(f"{override.input_line} names several values; add -m to run one cell for each")
+    if not multirun:
+        return [overrides]
+    batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    return [list(cell) for batch in batches for cell in batch]
+
+
+def compose(configs: Path, overrides: list[str]) -> Config:
+    """The checked configuration of one cell. Raises ConfigError, in one sentence, for anything that is wrong with it."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    import strategies
+
+    for override in OverridesParser.create().parse_overrides(overrides):
+        _check_name(configs, override)
+    # A strategy's settings are not in the schema: they are added by force here, and checked by the strategy below.
+    overrides = [f"++{text}" if text.startswith("strategy.") else text for text in overrides]
+    ConfigStore.instance().store(name="schema", node=Config)
+    try:
+        with initialize_config_dir(str(configs.absolute()), version_base="1.3"):
+            composed = hydra_compose("config", overrides)
+        OmegaConf.resolve(composed)
+        values: Any = OmegaConf.to_container(composed, enum_to_str=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_one_sentence(error)) from error
+    config = from_dict(values)
+    config.checked()
+    strategies.make(**config.strategy)
+    return config
+
+
+def _check_name(configs: Path, override: Override) -> None:
+    """Refuses a setting, or an option of a group, that does not exist, with the nearest one that does."""
+    key, value = override.key_or_group, override.value()
+    groups = {folder.name for folder in configs.iterdir() if folder.is_dir()}
+    if key in groups and not isinstance(value, dict):
+        options = {file.stem for file in (configs / key).glob("*.yaml")}
+        check.one_of(options, **{key: str(value)})
+        return
+    names = {name for name, *_ in settings()} | groups
+    if key not in names and not key.startswith("strategy."):
+        raise ConfigError(f"{key} is not a setting; {check.suggest(key, names)}")
+
+
+def _one_sentence(error: Exception) -> str:
+    """What Hydra and OmegaConf spread over several lines: the complaint, with the setting it is about in front."""
+    cause = error.__cause__ if error.__cause__ is not None else error
+    key = getattr(cause, "full_key", None) or getattr(error, "full_key", None)
+    first = str(getattr(cause, "msg", None) or cause).strip().splitlines()[0].rstrip(".")
+    default = {name: value for name, value, _ in settings()}.get(str(key))
+    return f"{key}: {first} (default {default})" if key else first
+
+
+# ---- the work
+
+
+def _run(cells: list[Config]) -> int:
+    """Run the cells one after another; a failed one is shown and the rest go on."""
+    from fedlora import experiment, records, terminal
+
+    _quiet()
+    for cell in cells:
+        records.Recorder(cell)  # refuses names that hold other runs, for all cells before the first
+    rows, failed = [], 0
+    for number, cell in enumerate(cells):
+        started = time.perf_counter() if number else fedlora.STARTED
+        name = cell.name or records.run_name(cell)
+        if len(cells) > 1:
+            terminal.say(f"cell {number + 1} of {len(cells)}: {name}")
+        try:
+            summary = experiment.run(cell, started)
+        except (ConfigError, RunError) as error:
+            if len(cells) == 1:
+                raise
+            print(f"error in {name}: {error}", file=sys.stderr)
+            rows.append([name, "failed", "", "", ""])
+            failed += 1
+            continue
+        folder = Path(cell.results) / name
+        rows.append(_outcome(name, summary))
+        if summary["status"] == "interrupted":
+            terminal.say(f"{summary['reason']} after round {summary['rounds']} of {cell.rounds}; what there is is in {folder}")
+            return 130
+        terminal.say(
+            f"accuracy {summary['accuracy_before']:.4f} before, {summary['accuracy']:.4f} after {summary['rounds']} rounds; "
+            f"up {terminal.size(summary['bytes_up'])}, down {terminal.size(summary['bytes_down'])}, "
+            f"{summary['seconds']:.1f} s ({summary['seconds_to_first_round']:.1f} s to the first round); {folder}"
+        )
+    if len(cells) > 1:
+        terminal.table("", ["run", "status", "accuracy", "bytes up", "seconds"], rows)
+    return 1 if failed else 0
+
+
+def _outcome(name: str, summary: dict[str, Any]) -> list[str]:
+    from fedlora.terminal import size
+
+    accuracy = f"{summary['accuracy']:.4f}" if summary["accuracy"] is not None else ""
+    return [name, summary["status"], accuracy, size(summary["bytes_up"]), f"{summary['seconds'] or 0:.1f}"]
+
+
+def _plan(cells: list[Config]) -> int:
+    """Print what each cell would come to, and train nothing."""
+    from fedlora import experiment, plan, records, terminal, workbench
+
+    _quiet()
+    for cell in cells:
+        bench, strategy = workbench.build(cell), experiment.make_strategy(cell)
+        state = experiment.initial_state(bench, strategy)
+        terminal.announce(cell, [])
+        rows = plan.derive(bench, strategy, state) + plan.cost(bench, strategy, state)
+        terminal.table(cell.name or records.run_name(cell), ["", "", "because"], [list(row) for row in rows])
+    return 0
+
+
+def _list(config: Config) -> int:
+    """Print the strategies: paper, what they train, bytes for this model, whether the aggregation is exact."""
+    import strategies
+    from fedlora import experiment, plan, terminal, workbench
+
+    _quiet()
+    bench = workbench.build(config)
+    rows = []
+    for name in strategies.names():
+        strategy = strategies.make(name)
+        state = experiment.initial_state(bench, strategy)
+        up = plan.bytes_sent(state, strategy.trains) * config.cohort_size
+        down = plan.bytes_sent(state, "AB") * config.cohort_size
+        own = ", ".join(f"{key}={p.default}" for key, p in strategies.settings(name).items())
+        exact = "exact" if strategy.exact else "biased"
+        rows.append([name, strategy.paper, strategy.trains, terminal.size(up), terminal.size(down), exact, own])
+    columns = ["strategy", "paper", "trains", "up a round", "down a round", "aggregation", "settings"]
+    terminal.table(f"{config.model.name}, {config.cohort_size} clients a round", columns, rows)
+    return 0
+
+
+def help_text(configs: Path) -> str:
+    """Usage, three examples, the groups with their options, and every setting with its default and meaning."""
+    import strategies
+
+    lines = ["usage: python run.py [-m] [--list] [setting=value …]", "", EXAMPLES]
+    lines += ["flags:", "  -m, --multirun  run one cell for each combination of a,b,c values",
+              "  --list          the strategies: paper, what they train, bytes, exactness", ""]  # fmt: skip
+    lines.append("groups:")
+    for folder in sorted(folder for folder in configs.iterdir() if folder.is_dir()):
+        lines.append(f"  {folder.name}={'|'.join(sorted(file.stem for file in folder.glob('*.yaml')))}")
+    lines += ["", "settings (default): meaning"]
+    for name, default, meaning in settings():
+        if name == "strategy":
+            continue
+        lines.append(f"  {name} ({'none' if default is None else default}): {meaning}")
+    for strategy in strategies.names():
+        for setting, parameter in strategies.settings(strategy).items():
+            lines.append(f"  strategy.{setting} ({parameter.default}): of {strategy}, see strategies/{strategy}.py")
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="run.py", add_help=False, allow_abbrev=False)
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("-m", "--multirun", action="store_true")
+    parser.add_argument("overrides", nargs="*")
+    return parser
+
+
+def _quiet() -> None:
+    """Flower logs every round, and what it says is in rounds.jsonl; its import sets the level, so this comes after it."""
+    import flwr.serverapp  # noqa: F401
+
+    logger = logging.getLogger("flwr")
+    logger.setLevel(logging.ERROR)
+    logger.propagate = False

@@ -1,0 +1,270 @@
+"""Every setting of an experiment as plain dataclasses, with the checks that need more than one of them.
+
+The same classes are Hydra's schema (types), the program's argument (`Config`) and, as one JSON string, what travels to a
+client. The `help` texts are what `python run.py --help` prints. Settings of `engine` change speed only; every other
+setting may change numbers, and the two never mix in one group.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedlora import check, data
+from fedlora.check import ConfigError
+from fedlora.data import partition
+
+
+def setting(default: Any, help: str) -> Any:
+    """A dataclass field with its default and the sentence that `--help` prints."""
+    if isinstance(default, list | dict):
+        return field(default_factory=default.copy, metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelConfig:
+    """The frozen base model: `model=vit_digits` (embedded) or `model=hf model.path=<folder or hub name>`."""
+
+    name: str = setting("vit_digits", "vit_digits (embedded, 64 × 4 layers) or hf (any Hugging Face classifier)")
+    path: str | None = setting(None, "hf: local folder or hub name of the checkpoint")
+    max_length: int = setting(128, "text: tokens kept of each example")
+
+
+@dataclass
+class DatasetConfig:
+    """Where the examples come from: `dataset=digits`, `dataset=files` or `dataset=hub`."""
+
+    name: str = setting("digits", "digits (embedded), files (CSV, TSV, JSONL, Parquet) or hub")
+    path: str | None = setting(None, "files: the training file; hub: the name of the dataset")
+    subset: str | None = setting(None, "hub: the configuration of the dataset, where it has several")
+    train_split: str = setting("train", "hub: split to train on")
+    test: str | None = setting(None, "files: the test file; hub: the test split; none: test_fraction of the training data")
+    test_fraction: float = setting(0.2, "share of the examples kept for the central test where there is no test set")
+    columns: list[str] = setting([], "files: column names, for a CSV or TSV without a header line")
+    text: str | None = setting(None, "column of the text")
+    image: str | None = setting(None, "column of the image: a path (files) or an image feature (hub)")
+    label: str = setting("label", "column of the label")
+    group: str | None = setting(None, "column of the natural client id, for partition=natural")
+
+
+@dataclass
+class PartitionConfig:
+    """How the training examples are dealt out to clients; every example goes to exactly one."""
+
+    name: str = setting("dirichlet", "iid, dirichlet, shards, natural or quantity")
+    alpha: float = setting(0.5, "dirichlet, quantity: concentration; small is skewed, large is even")
+    shards_per_client: int = setting(2, "shards: label-sorted shards that each client gets")
+    min_examples: int = setting(2, "floor on the examples of a client")
+
+
+@dataclass
+class AdapterConfig:
+    """The low-rank adapters: W = W0 + (alpha / rank) · B A."""
+
+    rank: int = setting(8, "rank r of every adapter")
+    alpha: float = setting(8.0, "LoRA's alpha; the scale of B A is alpha / rank")
+    dropout: float = setting(0.0, "dropout on the adapter's input while training")
+    target_modules: list[str] = setting(["q_proj", "v_proj"], "names (endings) of the linear layers to adapt")
+    train_head: bool | None = setting(None, "train the classification head too; none: only if the checkpoint has none")
+
+
+@dataclass
+class TrainConfig:
+    """What a client does in one round."""
+
+    steps: int | None = setting(10, "local optimiser steps a round; none with train.epochs")
+    epochs: int | None = setting(None, "local passes over the client's data a round, instead of train.steps")
+    batch_size: int = setting(16, "examples a step (a smaller client uses all it has)")
+    optimizer: str = setting("sgd", "sgd or adamw")
+    lr: float = setting(0.5, "learning rate")
+    momentum: float = setting(0.0, "sgd: momentum, fresh in every round")
+    weight_decay: float = setting(0.0, "weight decay on what is trained")
+    schedule: str = setting("constant", "constant, linear or cosine decay of lr over the whole run")
+    warmup: float = setting(0.0, "share of the run over which lr rises from 0")
+    max_grad_norm: float | None = setting(None, "clip the norm of each step's whole gradient to this")
+
+
+@dataclass
+class EvaluateConfig:
+    """When and on what the merged model is measured."""
+
+    every: int = setting(1, "central evaluation every so many rounds (and always before the first and after the last)")
+    batch_size: int = setting(256, "examples a forward pass")
+    holdout: float = setting(0.0, "share of its examples that each client keeps back to test the merged model on; 0: none")
+
+
+@dataclass
+class EngineConfig:
+    """Where clients run. Changes speed only, never a number."""
+
+    name: str = setting("ray", "ray (own grid over Ray actors), inline (this process) or flower (Flower's simulation)")
+    workers: int | None = setting(None, "ray, flower: worker processes; none: one a core, or one a GPU")
+    gpus_per_worker: float | None = setting(None, "ray, flower: share of a GPU a worker holds; none: 1 if device is cuda, else 0")
+    retries: int = setting(2, "ray: times a client is run again after its worker died")
+
+
+@dataclass
+class Config:
+    """One experiment. `strategy` holds the strategy's name and that strategy's own settings."""
+
+    name: str | None = setting(None, "folder of the results; none: made from the settings that differ from the defaults")
+    seed: int = setting(0, "the one seed; every random stream is derived from it")
+    clients: int = setting(50, "clients in the federation")
+    rounds: int = setting(30, "communication rounds")
+    clients_per_round: int | None = setting(None, "clients drawn each round, without replacement")
+    fraction: float | None = setting(0.2, "share of the clients drawn each round; not used with clients_per_round")
+    min_success: float = setting(0.5, "share of a round's clients that must return a usable update, else the run fails")
+    round_timeout: float = setting(3600.0, "seconds to wait for a round's clients")
+    device: str = setting("auto", "auto, cpu or cuda: what clients and the evaluation compute on")
+    threads: int = setting(1, "torch threads a process; part of the numbers, since it orders sums")
+    results: str = setting("results", "folder that holds the results folders")
+    overwrite: bool = setting(False, "run again where finished results or those of other settings stand")
+    plan: bool = setting(False, "print sizes, bytes, memory and steps, and train nothing")
+    strategy: dict[str, Any] = setting({"name": "fedsvd"}, "the strategy and its settings; see --list")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    partition: PartitionConfig = field(default_factory=PartitionConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+    def to_json(self) -> str:
+        """The experiment as one line of JSON with sorted keys, the form in which it travels and is compared."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Config:
+        """The inverse of `to_json`; raises ConfigError for keys that no setting has, and checks the values again."""
+        return from_dict(json.loads(text)).checked()
+
+    @property
+    def cohort_size(self) -> int:
+        """Clients drawn each round."""
+        if self.clients_per_round is not None:
+            return self.clients_per_round
+        return max(1, round(self.clients * (1.0 if self.fraction is None else self.fraction)))
+
+    def checked(self) -> Config:
+        """This configuration, if its values are possible together; raises ConfigError with one sentence otherwise."""
+        _check_run(self)
+        _check_train(self.train)
+        _check_data(self)
+        check.positive(**{"adapter.rank": self.adapter.rank})
+        check.positive(**{"adapter.alpha": self.adapter.alpha})
+        check.below_one(**{"adapter.dropout": self.adapter.dropout})
+        check.positive(**{"evaluate.every": self.evaluate.every})
+        check.positive(**{"evaluate.batch_size": self.evaluate.batch_size})
+        check.below_one(**{"evaluate.holdout": self.evaluate.holdout})
+        check.one_of(("ray", "inline", "flower"), **{"engine.name": self.engine.name})
+        check.not_negative(**{"engine.retries": self.engine.retries})
+        if self.engine.workers is not None:
+            check.positive(**{"engine.workers": self.engine.workers})
+        if self.engine.gpus_per_worker is not None:
+            check.not_negative(**{"engine.gpus_per_worker": self.engine.gpus_per_worker})
+        return self
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """A Config from nested dictionaries; an unknown key raises ConfigError with a suggestion."""
+    return _build(Config, values, "")
+
+
+def settings(config_class: type = Config, prefix: str = "") -> list[tuple[str, Any, str]]:
+    """Every setting as (dotted name, default, help), groups in their order."""
+    rows: list[tuple[str, Any, str]] = []
+    for item in dataclasses.fields(config_class):
+        group = GROUPS.get(item.name) if config_class is Config else None
+        if group:
+            rows += settings(group, f"{item.name}.")
+        else:
+            default = item.default if item.default is not dataclasses.MISSING else item.default_factory()  # type: ignore[misc]
+            rows.append((prefix + item.name, default, item.metadata["help"]))
+    return rows
+
+
+GROUPS: dict[str, type] = {
+    "model": ModelConfig,
+    "dataset": DatasetConfig,
+    "partition": PartitionConfig,
+    "adapter": AdapterConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "engine": EngineConfig,
+}
+
+
+def _build(config_class: type, values: dict[str, Any], prefix: str) -> Any:
+    names = {item.name for item in dataclasses.fields(config_class)}
+    for key in values:
+        if key not in names:
+            raise ConfigError(f"{prefix}{key} is not a setting; {check.suggest(key, names)}")
+    built = {
+        key: _build(GROUPS[key], value, f"{key}.") if config_class is Config and key in GROUPS else value
+        for key, value in values.items()
+    }
+    return config_class(**built)
+
+
+def _check_run(config: Config) -> None:
+    check.not_negative(seed=config.seed)
+    check.positive(clients=config.clients)
+    check.positive(rounds=config.rounds)
+    check.positive(threads=config.threads)
+    check.positive(round_timeout=config.round_timeout)
+    check.fraction(min_success=config.min_success)
+    check.one_of(("auto", "cpu", "cuda"), device=config.device)
+    if config.clients_per_round is not None:
+        check.positive(clients_per_round=config.clients_per_round)
+        if config.clients_per_round > config.clients:
+            raise ConfigError(
+                f"clients_per_round={config.clients_per_round} is more than clients={config.clients}; "
+                "lower the first or raise the second"
+            )
+    elif config.fraction is not None:
+        check.fraction(fraction=config.fraction)
+
+
+def _check_train(train: TrainConfig) -> None:
+    if train.epochs is not None:
+        check.positive(**{"train.epochs": train.epochs})
+    elif train.steps is None:
+        raise ConfigError("train.steps and train.epochs are both none; set one of them")
+    else:
+        check.positive(**{"train.steps": train.steps})
+    check.positive(**{"train.batch_size": train.batch_size})
+    check.positive(**{"train.lr": train.lr})
+    check.one_of(("sgd", "adamw"), **{"train.optimizer": train.optimizer})
+    check.one_of(("constant", "linear", "cosine"), **{"train.schedule": train.schedule})
+    check.below_one(**{"train.momentum": train.momentum})
+    check.below_one(**{"train.warmup": train.warmup})
+    check.not_negative(**{"train.weight_decay": train.weight_decay})
+    if train.momentum and train.optimizer != "sgd":
+        raise ConfigError(f"train.momentum={train.momentum} has no meaning with train.optimizer=adamw; set it to 0")
+    if train.max_grad_norm is not None:
+        check.positive(**{"train.max_grad_norm": train.max_grad_norm})
+
+
+def _check_data(config: Config) -> None:
+    check.one_of(("vit_digits", "hf"), **{"model.name": config.model.name})
+    check.one_of(data.names(), **{"dataset.name": config.dataset.name})
+    check.one_of(partition.names(), **{"partition.name": config.partition.name})
+    check.positive(**{"model.max_length": config.model.max_length})
+    check.positive(**{"partition.alpha": config.partition.alpha})
+    check.positive(**{"partition.min_examples": config.partition.min_examples})
+    check.positive(**{"partition.shards_per_client": config.partition.shards_per_client})
+    if not 0 < config.dataset.test_fraction < 1:
+        raise ConfigError(f"dataset.test_fraction={config.dataset.test_fraction} must lie between 0 and 1")
+    if config.model.name == "hf" and not config.model.path:
+        raise ConfigError("model=hf needs model.path=<folder or hub name>")
+    if config.dataset.name in ("files", "hub"):
+        if not config.dataset.path:
+            what = "file" if config.dataset.name == "files" else "name on the hub"
+            raise ConfigError(f"dataset={config.dataset.name} needs dataset.path=<{what}>")
+        if bool(config.dataset.text) == bool(config.dataset.image):
+            raise ConfigError("dataset.text and dataset.image: name one column of the two, such as dataset.text=sentence")
+    if config.partition.name == "natural" and not config.dataset.group:
+        raise ConfigError("partition=natural needs dataset.group=<column of the client id>")

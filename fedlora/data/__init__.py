@@ -1,0 +1,103 @@
+"""Datasets: what the federation's clients train on and what the server tests on.
+
+A dataset is one module of this folder with a function `load(config, seed) -> Dataset`, and one file of the same name in
+`configs/dataset/`; nothing else lists it. Importing this package loads no dataset library: each module imports its own
+when it is called.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedlora import check
+from fedlora.check import ConfigError
+
+if TYPE_CHECKING:
+    from fedlora.config import DatasetConfig
+
+HELPERS = {"partition"}  # modules of this folder that define no dataset, besides those with a leading underscore
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """N examples in a fixed order; a client's data is a `take` of them."""
+
+    inputs: list[str] | np.ndarray | list[np.ndarray]
+    """Text; or images, float32 in [0, 1], channels last: (N, H, W, C), or a list of (H, W, C) where sizes differ."""
+    labels: np.ndarray
+    """(N,) int64, index into `Dataset.classes`."""
+    groups: np.ndarray | None = None
+    """(N,) natural client ids, where the dataset has them."""
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.labels)
+
+    def take(self, indices: np.ndarray) -> Examples:
+        """The examples at `indices` (n,), in that order."""
+        inputs = self.inputs
+        return Examples(
+            inputs=inputs[indices] if isinstance(inputs, np.ndarray) else [inputs[i] for i in indices],
+            labels=self.labels[indices],
+            groups=None if self.groups is None else self.groups[indices],
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Training examples, to be dealt out to clients, and test examples, which the server keeps."""
+
+    kind: str
+    """"text" or "image"."""
+    classes: list[str]
+    """Names of the labels, as `ordered` sorts them."""
+    train: Examples
+    test: Examples
+
+
+def names() -> list[str]:
+    """The datasets there are, read from the folder without importing any of them."""
+    modules = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name for name in modules if not name.startswith("_") and name not in HELPERS)
+
+
+def ordered(words: Iterable[str]) -> list[str]:
+    """The distinct words, sorted; by value where all are integers, so that class "10" comes after class "9"."""
+    distinct = sorted(set(words))
+    try:
+        return sorted(distinct, key=int)
+    except ValueError:
+        return distinct
+
+
+def load(config: DatasetConfig, seed: int) -> Dataset:
+    """The dataset that `config` names.
+
+    `seed` is the run's, for datasets that are generated. Where the test set is split off, that split does not depend on
+    it: runs with different seeds are tested on the same examples.
+
+    Raises ConfigError where the name is unknown, the data cannot be read, or they cannot train and test a classifier.
+    """
+    check.one_of(names(), **{"dataset.name": config.name})
+    dataset: Dataset = importlib.import_module(f"{__name__}.{config.name}").load(config, seed)
+    if not len(dataset.train):
+        raise ConfigError(f"dataset={config.name} has no training examples; name data that has some")
+    if not len(dataset.test):
+        raise ConfigError(f"dataset={config.name} has no test examples; add examples or name a test set by dataset.test")
+    trained = np.unique(dataset.train.labels)
+    if len(trained) < 2:
+        only = dataset.classes[trained[0]]
+        raise ConfigError(f"dataset.label={config.label} has only the class '{only}'; a classifier needs two or more")
+    unseen = np.setdiff1d(dataset.test.labels, trained)
+    if len(unseen):
+        raise ConfigError(
+            f"dataset.label={config.label}: the class '{dataset.classes[unseen[0]]}' of the test set has no training "
+            "example; add some or remove it from the test set"
+        )
+    return dataset

@@ -1,0 +1,135 @@
+"""From named columns to a `Dataset`: what `files` and `hub` have in common.
+
+Labels, groups and text are words or integers; integers become their digits, so that a CSV (which has only text) and a
+Parquet file (which has types) with the same values give the same dataset. No value and an empty one are the same too,
+and an error: an example is never dropped in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedlora import check
+from fedlora.check import ConfigError
+from fedlora.data import Dataset, Examples, ordered
+from fedlora.data.partition import split_off_test
+
+if TYPE_CHECKING:
+    from fedlora.config import DatasetConfig
+
+
+@dataclass(frozen=True)
+class Table:
+    """One file or split with the names of its columns; a column is read only when it is asked for."""
+
+    source: str
+    """How errors call it: the setting that named it and its value, such as dataset.path=train.csv."""
+    names: Sequence[str]
+    column: Callable[[str], Sequence[Any]]
+    """The values of a column, None where there is none. An image is a path or an open file of its bytes."""
+    folder: Path = Path()
+    """What the paths of images start from."""
+    classes: Sequence[str] | None = None
+    """Names of the labels where the source declares them; else those that occur in training."""
+
+    def values(self, setting: str, name: str) -> Sequence[Any]:
+        """The values of the column `name`, which the setting `dataset.<setting>` asked for, none of them missing."""
+        if name not in self.names:
+            hint = check.suggest(name, self.names)
+            listed = "" if hint.startswith("choose") else f", which has {', '.join(sorted(self.names))}"
+            raise ConfigError(f"dataset.{setting}={name} is not a column of {self.source}{listed}; {hint}")
+        if list(self.names).count(name) > 1:
+            raise ConfigError(f"dataset.{setting}={name} names several columns of {self.source}; rename all but one")
+        values = self.column(name)
+        for row, value in enumerate(values, start=1):
+            if value is None or value == "" or value != value:  # only NaN differs from itself
+                raise ConfigError(
+                    f"dataset.{setting}={name} has no value in row {row} of {self.source} (the first example is "
+                    "row 1); fill it in or remove that row"
+                )
+        return values
+
+    def words(self, setting: str, name: str) -> list[str]:
+        """The column as text."""
+        values = self.values(setting, name)
+        for row, value in enumerate(values, start=1):
+            if not isinstance(value, str | int) or isinstance(value, bool):
+                raise ConfigError(
+                    f"dataset.{setting}={name} is {value!r:.40} in row {row} of {self.source}, neither text nor an "
+                    "integer; convert the column to one of them or name another"
+                )
+        return [str(value) for value in values]
+
+    def images(self, name: str) -> np.ndarray | list[np.ndarray]:
+        """The column as pixels: (N, H, W, C) float32 in [0, 1], or a list of (H, W, C) where shapes differ."""
+        images = []
+        for row, value in enumerate(self.values("image", name), start=1):
+            try:
+                images.append(_pixels(self.folder / value if isinstance(value, str) else value))
+            except Exception as error:  # Pillow's decoders raise whatever the broken bytes led them into
+                what = f"'{value}'" if isinstance(value, str) else "the image"
+                raise ConfigError(
+                    f"dataset.image={name}: {what} in row {row} of {self.source} cannot be read as an image "
+                    f"({error}); replace it or remove that row"
+                ) from error
+        return np.stack(images) if len({image.shape for image in images}) == 1 else images
+
+
+def dataset(config: DatasetConfig, train: Table, test: Table | None) -> Dataset:
+    """The dataset of a training table and a test table; without the latter, `config.test_fraction` is split off.
+
+    Raises ConfigError for a column that is not there, a value that is missing or unusable, and a label that occurs in
+    the test table only.
+    """
+    labels = train.words("label", config.label)
+    if not labels:
+        raise ConfigError(f"{train.source} holds no examples; name data that has some")
+    classes = ordered(train.classes or labels)
+    examples = Examples(
+        inputs=_inputs(config, train),
+        labels=_encoded(labels, classes),
+        groups=np.array(train.words("group", config.group)) if config.group else None,
+    )
+    kind = "text" if config.text else "image"
+    if test is None:
+        kept, held = split_off_test(examples.labels, config.test_fraction)
+        return Dataset(kind, classes, examples.take(kept), examples.take(held))
+
+    test_labels = test.words("label", config.label)
+    unseen = set(test_labels).difference(labels)
+    if unseen:
+        row = next(row for row, label in enumerate(test_labels, start=1) if label in unseen)
+        raise ConfigError(
+            f"dataset.label={config.label} is '{test_labels[row - 1]}' in row {row} of {test.source}, a class without "
+            "training examples; add some or remove it from the test set"
+        )
+    return Dataset(kind, classes, examples, Examples(_inputs(config, test), _encoded(test_labels, classes)))
+
+
+def _inputs(config: DatasetConfig, table: Table) -> list[str] | np.ndarray | list[np.ndarray]:
+    return table.words("text", config.text) if config.text else table.images(str(config.image))
+
+
+def _encoded(labels: list[str], classes: list[str]) -> np.ndarray:
+    index = {name: i for i, name in enumerate(classes)}
+    return np.array([index[label] for label in labels], np.int64)
+
+
+def _pixels(file: Any) -> np.ndarray:
+    """The pixels of an image file (H, W, C), upright, float32 in [0, 1]; C is 1 for grey levels and else 3, RGB."""
+    from PIL import Image, ImageOps
+
+    with Image.open(file) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I;16"):  # convert() would clip these to 255
+            return (np.asarray(image, np.float32) / 65535)[..., np.newaxis]
+        if image.mode in ("I", "F"):
+            raise ValueError("pixels without a fixed range")
+        grey = image.mode in ("1", "L", "LA")
+        pixels = np.asarray(image.convert("L" if grey else "RGB"), np.float32) / 255
+        return pixels[..., np.newaxis] if grey else pixels

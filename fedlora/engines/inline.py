@@ -1,0 +1,48 @@
+"""`engine=inline`: clients one after another in this process. The quickest to start and the easiest to debug."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fedlora.config import Config
+from fedlora.engines import OnReply, load_app
+from fedlora.engines.local import LocalGrid, call
+
+
+class InlineGrid(LocalGrid):
+    """Calls the ClientApp for each message in turn."""
+
+    def __init__(self, clients: int, app: str, on_reply: OnReply = lambda count: None) -> None:
+        super().__init__(clients, on_reply)
+        self.app = load_app(app)
+
+    def execute(self, messages: list[Message], timeout: float | None) -> Iterator[Message]:
+        """One client at a time; no new one is begun after `timeout` seconds."""
+        deadline = time.monotonic() + timeout if timeout is not None else float("inf")
+        for message in messages:
+            if time.monotonic() > deadline:
+                return
+            yield call(self.app, message, self.clients)
+
+
+class InlineEngine:
+    """The grid, with nothing to start and nothing to stop."""
+
+    def __init__(self, grid: InlineGrid) -> None:
+        self.grid = grid
+
+    def run(self, drive: Callable[[Grid], None]) -> None:
+        """Call `drive` here and now."""
+        drive(self.grid)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def make(config: Config, app: str, on_reply: OnReply) -> InlineEngine:
+    """An engine for `config.clients` clients in this process."""
+    return InlineEngine(InlineGrid(config.clients, app, on_reply))

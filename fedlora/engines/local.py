@@ -1,0 +1,87 @@
+"""A Flower Grid whose nodes are this program's own: the part that the inline and the Ray engine share."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from flwr.app import Context, Error, Message, RecordDict, UserConfig
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+CLIENT_RAISED = 2  # Flower's error code for an exception in the ClientApp
+WORKER_LOST = 8  # and for a process that died
+
+
+class LocalGrid(Grid):
+    """Nodes 1 … `clients`, node k being client k − 1; a subclass says how a batch of messages is executed."""
+
+    def __init__(self, clients: int, on_reply: Callable[[int], None]) -> None:
+        self.clients, self.on_reply = clients, on_reply
+        self._sent = 0
+        self._replies: dict[str, Message] = {}
+        # Outside a Flower process nobody has said who we are, and without that no Message can be made.
+        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0
+        self._run = Run.create_empty(run_id=1)
+
+    @abstractmethod
+    def execute(self, messages: list[Message], timeout: float | None) -> Iterator[Message]:
+        """Replies as they come, in any order; those not there after `timeout` seconds are left out."""
+
+    def set_run(self, run: Run) -> None:
+        """Flower's own runtime names its run here."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """The run that messages belong to."""
+        return self._run
+
+    def get_node_ids(self) -> Iterable[int]:
+        """All nodes; they are always online."""
+        return range(1, self.clients + 1)
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """Flower's old way to make a message."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Execute the messages now and keep the replies until they are pulled."""
+        return [reply.metadata.reply_to_message_id for reply in self._keep(self.send_and_receive(messages))]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """The kept replies to these messages; each is given once."""
+        return [self._replies.pop(key) for key in message_ids if key in self._replies]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Execute the messages and return the replies that came within `timeout` seconds."""
+        batch = list(messages)
+        for message in batch:
+            self._sent += 1
+            message.metadata.__dict__["_message_id"] = f"m{self._sent}"
+        replies: list[Message] = []
+        for reply in self.execute(batch, timeout):
+            replies.append(reply)
+            self.on_reply(len(replies))
+        return replies
+
+    def _keep(self, replies: Iterable[Message]) -> Iterator[Message]:
+        for reply in replies:
+            self._replies[reply.metadata.reply_to_message_id] = reply
+            yield reply
+
+
+def call(app: Any, message: Message, clients: int) -> Message:
+    """The reply of the ClientApp, run as Flower runs it; an exception in it becomes an error reply with its sentence."""
+    node = message.metadata.dst_node_id
+    place = UserConfig({"partition-id": node - 1, "num-partitions": clients})
+    context = Context(run_id=message.metadata.run_id, node_id=node, node_config=place, state=RecordDict(), run_config=UserConfig())
+    try:
+        reply: Message = app(message, context)
+    except Exception as error:
+        return Message(Error(CLIENT_RAISED, f"{type(error).__name__}: {error}"), reply_to=message)
+    return reply

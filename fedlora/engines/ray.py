@@ -1,0 +1,180 @@
+"""`engine=ray`: clients on Ray workers, each a process with one resident base model.
+
+A round's arrays go into the object store once, and each worker reads them from there once, however many clients it
+plays. A client goes to whichever worker is free. A worker that dies is replaced and its client is run again; since a
+client is a function of its message, its data and its own random streams, the numbers do not change.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+from flwr.app import Error, Message
+from flwr.serverapp import Grid
+
+from fedlora.config import Config
+from fedlora.engines import OnReply, load_app, resources
+from fedlora.engines.local import WORKER_LOST, LocalGrid, call
+
+
+class Worker:
+    """A Ray actor: a process that plays one client at a time."""
+
+    def __init__(self, app: str) -> None:
+        self.app = load_app(app)
+        self.key: Any = None  # of the content held
+        self.content: Any = None
+
+    def warm(self, experiment: str) -> int:
+        """Build the workbench before the first client asks for it; returns the process id."""
+        from fedlora import workbench
+
+        bench = workbench.build(workbench.experiment(experiment))
+        len(bench.train)  # encodes
+        return os.getpid()
+
+    def play(self, message: Message, content: list[Any], clients: int) -> Message:
+        """The ClientApp's reply. `content` is a one-element list, so that Ray passes the reference and not the value."""
+        import ray
+
+        if self.key != content[0]:
+            self.key, self.content = content[0], ray.get(content[0])
+        return call(self.app, Message(self.content, metadata=message.metadata), clients)
+
+
+class Pool:
+    """The workers of this process, kept from one experiment of a sweep to the next."""
+
+    def __init__(self, app: str, workers: int, gpus: float) -> None:
+        import ray
+
+        self.kind = (app, workers, gpus)
+        self.actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(Worker)
+        self.idle = deque(self.actor.remote(app) for _ in range(workers))
+        self.size = workers
+
+    def replace(self, dead: Any) -> Any:
+        """A new worker in the place of one that died or hangs."""
+        import ray
+
+        ray.kill(dead)
+        return self.actor.remote(self.kind[0])
+
+    def stop(self) -> None:
+        """End all workers."""
+        import ray
+
+        while self.idle:
+            ray.kill(self.idle.popleft())
+
+
+_pool: Pool | None = None
+
+
+def pool(app: str, workers: int, gpus: float) -> Pool:
+    """The pool of this process, made anew where another one is asked for."""
+    global _pool
+    if _pool is None or _pool.kind != (app, workers, gpus) or len(_pool.idle) < workers:
+        if _pool is not None:
+            _pool.stop()
+        _pool = Pool(app, workers, gpus)
+    return _pool
+
+
+class RayGrid(LocalGrid):
+    """Executes messages on the workers of a pool."""
+
+    def __init__(self, clients: int, pool: Pool, retries: int, on_reply: OnReply = lambda count: None) -> None:
+        super().__init__(clients, on_reply)
+        self.pool, self.retries = pool, retries
+        self.restarts = 0  # workers replaced so far
+
+    def execute(self, messages: list[Message], timeout: float | None) -> Iterator[Message]:
+        """Every message on the next free worker; a client whose worker died `retries` + 1 times gets an error reply."""
+        import ray
+
+        deadline = time.monotonic() + timeout if timeout is not None else None
+        # Messages of a round share one content object: each distinct one is stored once.
+        stored = {id(m.content): m.content for m in messages}
+        references = {key: ray.put(content) for key, content in stored.items()}
+        waiting = deque((message, self.retries) for message in messages)
+        running: dict[Any, tuple[Any, Message, int]] = {}
+        try:
+            while waiting or running:
+                while waiting and self.pool.idle:
+                    worker, (message, retries) = self.pool.idle.popleft(), waiting.popleft()
+                    envelope = Message(metadata=message.metadata, content=type(message.content)())
+                    task = worker.play.remote(envelope, [references[id(message.content)]], self.clients)
+                    running[task] = (worker, message, retries)
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                done, _ = ray.wait(list(running), num_returns=1, timeout=left)
+                if not done:
+                    return  # out of time: those still running give no reply
+                worker, message, retries = running.pop(done[0])
+                try:
+                    reply = ray.get(done[0])
+                    self.pool.idle.append(worker)
+                    yield reply
+                except ray.exceptions.RayActorError:
+                    self.pool.idle.append(self.pool.replace(worker))
+                    self.restarts += 1
+                    if retries:
+                        waiting.appendleft((message, retries - 1))
+                    else:
+                        reason = f"its worker died {self.retries + 1} times (out of memory?)"
+                        yield Message(Error(WORKER_LOST, reason), reply_to=message)
+        finally:  # also when the run is stopped in mid-round: a busy worker is of no use to the next one
+            for worker, _, _ in running.values():
+                self.pool.idle.append(self.pool.replace(worker))
+
+
+class RayEngine:
+    """Starts Ray in the background, so that the driver can build its own part meanwhile."""
+
+    def __init__(self, config: Config, app: str, on_reply: OnReply) -> None:
+        self.config, self.app, self.on_reply = config, app, on_reply
+        self.starting: Future[Pool] = Future()
+        self.grid: RayGrid | None = None
+        threading.Thread(target=self._start, daemon=True, name="ray").start()
+
+    def _start(self) -> None:
+        try:
+            start_ray(self.config.engine.workers or 0)
+            started = pool(self.app, *resources(self.config))
+            for worker in started.idle:
+                worker.warm.remote(self.config.to_json())  # queued in the actor, ahead of its first client
+            self.starting.set_result(started)
+        except BaseException as error:
+            self.starting.set_exception(error)
+        # Ray's processes ask the kernel to be killed when the *thread* that started them ends, so this one stays.
+        threading.Event().wait()
+
+    def run(self, drive: Callable[[Grid], None]) -> None:
+        """Call `drive` with the grid as soon as Ray is up; the workers may still be warming."""
+        self.grid = RayGrid(self.config.clients, self.starting.result(), self.config.engine.retries, self.on_reply)
+        drive(self.grid)
+
+    def close(self) -> None:
+        """The pool stays for the next experiment of this process and ends with it."""
+
+
+def start_ray(workers: int) -> None:
+    """A Ray of this process's own, unless one is up; room for as many one-core workers as are asked for."""
+    import ray
+
+    if not ray.is_initialized():
+        cores = max(workers, os.cpu_count() or 1)
+        ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        atexit.register(ray.shutdown)
+
+
+def make(config: Config, app: str, on_reply: OnReply) -> RayEngine:
+    """An engine for `config.clients` clients on Ray workers; Ray begins to start at once."""
+    return RayEngine(config, app, on_reply)

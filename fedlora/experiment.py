@@ -1,0 +1,122 @@
+"""One experiment, from its configuration to its results folder."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+
+import strategies
+from fedlora import engines, messages, plan, report, terminal, workbench
+from fedlora.check import RunError
+from fedlora.config import Config
+from fedlora.evaluate import evaluate
+from fedlora.messages import ServerState
+from fedlora.records import ADAPTER, CURVES, Recorder
+from fedlora.workbench import Workbench
+from strategies import LoRAStrategy
+
+
+def run(config: Config, started: float, app: str = engines.CLIENT_APP) -> dict[str, Any]:
+    """Run the experiment and return its summary, which is also in the results folder.
+
+    `started` is the `time.perf_counter()` from which seconds count. A run that has finished before is not run again.
+    Raises ConfigError before any training, and RunError where the run cannot go on; Ctrl-C ends it with what there is.
+    """
+    recorder = Recorder(config)
+    if recorder.finished:
+        terminal.say(f"{recorder.folder} is finished, with these settings; overwrite=true runs it again")
+        return recorder.summary()
+    recorder.claim()
+    strategy = make_strategy(config)
+    shown = terminal.Rounds(config)
+    engine = engines.make(config, app, lambda count: shown.replied(strategy.report, count))
+    try:
+        bench = workbench.build(config)
+        state = initial_state(bench, strategy)
+        terminal.announce(config, plan.derive(bench, strategy, state))
+        recorder.begin()
+        job = ConfigRecord({messages.EXPERIMENT: config.to_json()})
+
+        def after_round(round: int, arrays: ArrayRecord) -> MetricRecord | None:
+            """Flower calls this before the first round and after each."""
+            row = {"round": round} | (strategy.report.as_row(started) if strategy.report else {})
+            measured: dict[str, float] = {}
+            if round % config.evaluate.every == 0 or round == config.rounds:
+                measured = measure(bench, arrays)
+            row |= measured | {"seconds": time.perf_counter() - started}
+            recorder.round(row)
+            shown.finished(row)
+            return MetricRecord(dict(measured)) if measured else None
+
+        with shown:
+            outcome = attempt(
+                lambda: engine.run(
+                    lambda grid: strategy.start(
+                        grid, messages.pack(state.adapters, state.dense), config.rounds, config.round_timeout,
+                        train_config=job, evaluate_config=ConfigRecord(dict(job)), evaluate_fn=after_round,
+                    )  # fmt: skip
+                )
+            )
+    finally:
+        engine.close()
+    return conclude(bench, strategy.state or state, recorder, outcome)
+
+
+def make_strategy(config: Config) -> LoRAStrategy:
+    """The strategy of an experiment: its own settings, and what the runtime knows."""
+    return strategies.make(
+        **config.strategy,
+        scale=config.adapter.alpha / config.adapter.rank,
+        seed=config.seed,
+        min_success=config.min_success,
+        fraction_train=config.cohort_size / config.clients,
+        min_train_nodes=1,
+        min_available_nodes=config.clients,
+        fraction_evaluate=1.0 if config.evaluate.holdout else 0.0,
+        evaluate_every=config.evaluate.every,
+    )
+
+
+def initial_state(bench: Workbench, strategy: LoRAStrategy) -> ServerState:
+    """What the server broadcasts in round 1: B = 0, A by the strategy's `init`, the head as it was loaded."""
+    adapters = bench.model.initial(strategy.init, bench.config.seed)
+    return ServerState(adapters, bench.model.dense(), scale=bench.model.scale)
+
+
+def measure(bench: Workbench, arrays: ArrayRecord) -> dict[str, float]:
+    """The merged model on the central test set, and the seconds that took."""
+    began = time.perf_counter()
+    bench.model.write(*messages.unpack(arrays))
+    measured = evaluate(bench.model, bench.test, np.arange(len(bench.test)), bench.config.evaluate.batch_size)
+    return measured | {"seconds_evaluate": time.perf_counter() - began}
+
+
+def attempt(rounds: Any) -> dict[str, str]:
+    """Run the rounds and say how that ended: finished, interrupted (Ctrl-C) or failed, with the reason."""
+    try:
+        rounds()
+    except KeyboardInterrupt:
+        return {"status": "interrupted", "reason": "stopped by Ctrl-C"}
+    except RunError as error:
+        return {"status": "failed", "reason": str(error)}
+    return {"status": "finished"}
+
+
+def conclude(bench: Workbench, state: ServerState, recorder: Recorder, outcome: dict[str, str]) -> dict[str, Any]:
+    """Save the merged adapter and the plot, write the summary last, and return it; raises RunError for a failed run."""
+    bench.model.write(state.adapters, state.dense)
+    rows = report.read_rounds(recorder.folder)
+    summary = report.summarise(bench.config, rows) | outcome
+    try:
+        recorder.save(ADAPTER, bench.model.save)
+        if rows:
+            recorder.save(CURVES, lambda path: report.draw_curves(path, rows, summary))
+        recorder.close(summary)
+    except RunError as error:  # a full disk, most likely: the first reason is the one to tell
+        raise RunError(outcome.get("reason", str(error))) from error
+    if outcome["status"] == "failed":
+        raise RunError(outcome["reason"])
+    return summary

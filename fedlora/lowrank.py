@@ -1,0 +1,132 @@
+"""Pairs of thin factors and their algebra. Nothing here ever forms an m × n matrix.
+
+    W      =  W0     +  scale ·  B     @  A
+    (m, n)    (m, n)             (m, r)   (r, n)       r ≪ m, n
+
+Every function computes in float64 and gives back the dtype of what it was given (`bias` stays in float64).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Pair(NamedTuple):
+    """One adapted layer: W = W0 + scale · B @ A."""
+
+    A: np.ndarray  # (r, n)
+    B: np.ndarray  # (m, r)
+
+    @property
+    def rank(self) -> int:
+        """The number of rows of A, which is the number of columns of B."""
+        return int(self.A.shape[0])
+
+
+Adapters = dict[str, Pair]  # layer name → factors
+
+
+def average(arrays: Sequence[np.ndarray], weights: np.ndarray) -> np.ndarray:
+    """Σ w_k X_k over arrays of one shape, summed in float64."""
+    total = np.zeros(arrays[0].shape)
+    for array, weight in zip(arrays, weights, strict=True):
+        total += weight * array.astype(np.float64)
+    return total.astype(arrays[0].dtype)
+
+
+def mean(pairs: Sequence[Pair], weights: np.ndarray) -> Pair:
+    """The factor-wise average (Σ w_k A_k, Σ w_k B_k). Its product is not Σ w_k B_k A_k: see `bias`."""
+    return Pair(average([p.A for p in pairs], weights), average([p.B for p in pairs], weights))
+
+
+def stack(pairs: Sequence[Pair], weights: np.ndarray) -> Pair:
+    """The exact Σ w_k B_k A_k as one pair of rank Σ r_k: A = [A_1; A_2; …], B = [w_1 B_1, w_2 B_2, …]."""
+    A = np.concatenate([p.A for p in pairs])
+    B = np.concatenate([w * p.B for p, w in zip(pairs, weights, strict=True)], axis=1)
+    return Pair(A, B.astype(A.dtype))
+
+
+def subtract(left: Pair, right: Pair) -> Pair:
+    """A pair whose product is left.B @ left.A − right.B @ right.A, of rank r_left + r_right."""
+    return stack([left, right], np.array([1.0, -1.0]))
+
+
+def bias(pairs: Sequence[Pair], weights: np.ndarray) -> Pair:
+    """What the factor-wise average misses: Σ w_k B_k A_k − B̄ Ā, for weights that sum to one.
+
+    Identity: it equals Σ w_k (B_k − B̄)(A_k − Ā), which is how it is built here, in float64, so that for equal clients it
+    is zero to the square of rounding instead of a small difference of large numbers.
+    """
+    centre = mean([_double(p) for p in pairs], weights)
+    return stack([Pair(p.A - centre.A, p.B - centre.B) for p in pairs], weights)
+
+
+def norm(pair: Pair) -> float:
+    """‖B A‖_F from the r × r Gram matrices: ‖BA‖² = ⟨BᵀB, AAᵀ⟩. Costs O((m + n) r²).
+
+    Guarantee: relative error below about 1e-8 (a square root of the rounding of float64) where the product of stacked
+    factors cancels, and near rounding elsewhere. A zero factor gives 0.
+    """
+    A, B = _double(pair)
+    return float(np.sqrt(max(np.sum((B.T @ B) * (A @ A.T)), 0.0)))
+
+
+def spectrum(pair: Pair) -> np.ndarray:
+    """The min(r, m, n) leading singular values of B A, in falling order: shape (min(r, m, n),)."""
+    return _core(pair)[1]
+
+
+def effective_rank(singular_values: np.ndarray) -> float:
+    """exp(entropy of the normalised singular values) (Roy and Vetterli, 2007): 0 for a zero matrix, at most its rank."""
+    total = singular_values.sum()
+    if total <= 0:
+        return 0.0
+    shares = singular_values[singular_values > 0] / total
+    return float(np.exp(-np.sum(shares * np.log(shares))))
+
+
+def recompress(pair: Pair, rank: int) -> Pair:
+    """The best approximation of B A of the given rank, as A = V_rᵀ (orthonormal rows) and B = U_r S_r.
+
+    QR of both factors and an SVD of the small core: exact, O((m + n) r²). With `rank` ≥ the rank of B A the product is
+    unchanged. Edge cases, both in the tests:
+
+    * B A has fewer than `rank` directions (B rank-deficient, zero, or with m < `rank` rows): the spare rows of A complete
+      an orthonormal basis inside the row space of the old A, and the spare columns of B are zero. So a recompression to
+      the old rank keeps the row space of an A of full rank, whatever B is;
+    * `rank` exceeds the rows that A spans (r or n smaller): the rows of A and columns of B beyond are zero.
+    """
+    left, values, right = _core(pair)
+    rows, columns = min(rank, len(right)), min(rank, values.size)
+    A = np.zeros((rank, pair.A.shape[1]))
+    B = np.zeros((pair.B.shape[0], rank))
+    A[:rows] = right[:rows]
+    B[:, :columns] = left[:, :columns] * values[:columns]
+    return Pair(A.astype(pair.A.dtype), B.astype(pair.B.dtype))
+
+
+def orthonormal_rows(A: np.ndarray) -> np.ndarray:
+    """An orthonormal basis of the row space of A (r, n), r ≤ n, by QR; signs fixed so that A = R·result has R_ii > 0."""
+    Q, R = np.linalg.qr(A.astype(np.float64).T)
+    return (Q * np.where(np.diag(R) < 0, -1.0, 1.0)).T.astype(A.dtype)
+
+
+def _double(pair: Pair) -> Pair:
+    return Pair(pair.A.astype(np.float64), pair.B.astype(np.float64))
+
+
+def _core(pair: Pair) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """SVD of B A through its r × r core: left (m, k_b), values (min(k_b, k_a),), right (k_a, n), k_b = min(m, r) and
+    k_a = min(n, r).
+
+    The columns of `left` and the rows of `right` are orthonormal even where values are zero, and the rows of `right` span
+    the row space of A (if A has full rank), so nothing is divided by a small singular value.
+    """
+    A, B = _double(pair)
+    Qb, Rb = np.linalg.qr(B)  # (m, k_b), (k_b, r)
+    Qa, Ra = np.linalg.qr(A.T)  # (n, k_a), (k_a, r)
+    U, values, Vt = np.linalg.svd(Rb @ Ra.T)
+    return Qb @ U, values, Vt @ Qa.T

@@ -1,0 +1,116 @@
+"""Flower records ⇄ adapters, and exact byte counts.
+
+On the wire an array has the name it has in PEFT's own file format, so `ArrayRecord(get_peft_model_state_dict(model))` is
+a valid broadcast and a record's arrays are a valid `adapter_model.safetensors`:
+
+    <layer>.lora_A.weight   (r, n)        <layer>.lora_B.weight   (m, r)        anything else: a dense array (the head)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, RecordDict
+
+from fedlora.lowrank import Adapters, Pair
+
+ARRAYS, METRICS, CONFIG = "arrays", "metrics", "config"  # the records of a message
+EXAMPLES, CLIENT = "num-examples", "client"  # keys of the metrics
+ROUND, TRAINS, EXPERIMENT = "server-round", "trains", "experiment"  # keys of the config
+
+Factors = dict[str, dict[str, np.ndarray]]  # layer name → {"A": …, "B": …}, either of which may be absent
+
+
+@dataclass
+class Update:
+    """What one client sent, with the factor it did not send filled in from the broadcast."""
+
+    client: int
+    examples: int
+    adapters: Adapters
+    dense: dict[str, np.ndarray] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class ServerState:
+    """All that a strategy carries from round to round.
+
+    `scale` is alpha / rank; `base_correction` is what a strategy has moved out of the adapters into the base, as thin
+    pairs (empty where W0 stays what it was); `extra` is a strategy's own memory.
+    """
+
+    adapters: Adapters
+    dense: dict[str, np.ndarray] = field(default_factory=dict)
+    base_correction: Adapters = field(default_factory=dict)
+    scale: float = 1.0
+    extra: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def pack(adapters: Adapters, dense: Mapping[str, np.ndarray], factors: str = "AB") -> ArrayRecord:
+    """The named factors ("AB", "A" or "B") of every layer and the dense arrays, in sorted order, as one record."""
+    arrays = {
+        f"{layer}.lora_{factor}.weight": getattr(pair, factor) for layer, pair in adapters.items() for factor in factors
+    } | dict(dense)
+    return ArrayRecord({name: Array(np.ascontiguousarray(arrays[name])) for name in sorted(arrays)})
+
+
+def unpack(record: ArrayRecord) -> tuple[Factors, dict[str, np.ndarray]]:
+    """The factors by layer and the dense arrays of a record, copied out of its bytes."""
+    factors: Factors = {}
+    dense: dict[str, np.ndarray] = {}
+    for name, array in record.items():
+        layer, _, factor = name.removesuffix(".weight").rpartition(".lora_")
+        if layer and factor in ("A", "B"):
+            factors.setdefault(layer, {})[factor] = array.numpy()
+        else:
+            dense[name] = array.numpy()
+    return factors, dense
+
+
+def complete(factors: Factors, known: Adapters) -> Adapters:
+    """Adapters from what was sent, with the factors that were not sent taken from `known`.
+
+    They get the dtype of `known`. Raises ValueError for a layer that `known` lacks, a layer that is missing, or a shape that
+    differs: the sentence names it.
+    """
+    if unknown := sorted(factors.keys() ^ known.keys()):
+        raise ValueError(f"layer {unknown[0]} is {'unknown' if unknown[0] in factors else 'missing'}")
+    return {
+        layer: Pair(*(_like(getattr(known[layer], f), sent.get(f), f"{layer}.lora_{f}") for f in Pair._fields))
+        for layer, sent in sorted(factors.items())
+    }
+
+
+def complete_dense(sent: Mapping[str, np.ndarray], known: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The dense arrays that were sent, which must be those of `known`, all of them; raises ValueError as `complete` does."""
+    if unknown := sorted(sent.keys() ^ known.keys()):
+        raise ValueError(f"{unknown[0]} is {'unknown' if unknown[0] in sent else 'missing'}")
+    return {name: _like(own, sent[name], name) for name, own in known.items()}
+
+
+def state_of(record: ArrayRecord, scale: float) -> ServerState:
+    """The server state that a full broadcast (both factors of every layer) stands for."""
+    factors, dense = unpack(record)
+    if not factors:
+        raise ValueError("initial arrays hold no <layer>.lora_A.weight; PEFT's get_peft_model_state_dict(model) names them so")
+    for layer, sent in factors.items():
+        if sent.keys() != {"A", "B"}:
+            raise ValueError(f"initial arrays lack lora_{'B' if 'A' in sent else 'A'} of {layer}")
+    return ServerState({layer: Pair(sent["A"], sent["B"]) for layer, sent in sorted(factors.items())}, dense, scale=scale)
+
+
+def array_bytes(content: RecordDict) -> int:
+    """Bytes of all arrays of a message as they are sent: numpy's serialisation with its 128-byte header an array."""
+    return sum(len(array.data) for record in content.array_records.values() for array in record.values())
+
+
+def _like(own: np.ndarray, sent: np.ndarray | None, name: str) -> np.ndarray:
+    """`sent`, or else `own`, in the dtype of `own`: the first client must not choose the precision of all later rounds."""
+    if sent is None:
+        return own
+    if sent.shape != own.shape:
+        raise ValueError(f"{name} has shape {sent.shape} instead of {own.shape}")
+    return sent.astype(own.dtype, copy=False)

@@ -1,0 +1,164 @@
+"""The base model with low-rank adapters in it, by PEFT: one resident model a process, adapters swapped in place.
+
+    x ──┬── W0 (frozen) ───────────────┬─→ y          A  (r, n)   B  (m, r)
+        └── A ── B ── · alpha / rank ──┘
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedlora import check, lowrank, seeds
+from fedlora.check import ConfigError
+from fedlora.config import AdapterConfig
+from fedlora.lowrank import Adapters, Pair
+from fedlora.messages import Factors
+from fedlora.models.base import Base
+
+# Query and value projections under the names that transformers' models give them: the default of target_modules.
+_QUERY_VALUE = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("c_attn",), ("query_key_value",))
+
+
+class AdaptedModel:
+    """A frozen classifier whose adapters (and head, if trained) can be read, written, trained and saved.
+
+    Arrays go by PEFT's file names without the factor: `base_model.model.<module>` for an adapted layer.
+    """
+
+    def __init__(self, base: Base, config: AdapterConfig, device: torch.device) -> None:
+        """Injects the adapters. Raises ConfigError if target_modules match nothing, naming what could be matched."""
+        import peft
+
+        self.target_modules = target_modules(base.model, config.target_modules)
+        self.head_is_new = bool(base.new)
+        self.trains_head = self.head_is_new if config.train_head is None else config.train_head
+        saved = _head_modules(base) if self.trains_head or self.head_is_new else None
+        lora = peft.LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=self.target_modules,
+            modules_to_save=saved,
+        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # PEFT sets it right for Conv1D by itself
+            self.peft = peft.get_peft_model(base.model, lora).to(device)
+        self.device, self.scale = device, config.alpha / config.rank
+        names = {file_name(name): parameter for name, parameter in self.peft.named_parameters()}
+        self._A = {n.removesuffix(".lora_A.weight"): p for n, p in sorted(names.items()) if n.endswith(".lora_A.weight")}
+        self._B = {layer: names[f"{layer}.lora_B.weight"] for layer in self._A}
+        heads = {n: p for n, p in sorted(names.items()) if ".lora_" not in n and p.requires_grad}
+        self._head = heads if self.trains_head else {}
+        for parameter in self.peft.parameters():
+            parameter.requires_grad_(False)
+
+    def adapters(self) -> Adapters:
+        """A copy of the factors, float32."""
+        return {layer: Pair(_numpy(self._A[layer]), _numpy(self._B[layer])) for layer in self._A}
+
+    def dense(self) -> dict[str, np.ndarray]:
+        """A copy of the head's parameters, if it is trained; else nothing."""
+        return {name: _numpy(parameter) for name, parameter in self._head.items()}
+
+    def write(self, factors: Factors | Adapters, dense: Mapping[str, np.ndarray]) -> None:
+        """Set the factors and the head in place; a factor that is absent keeps what stood there."""
+        with torch.no_grad():
+            for layer, pair in factors.items():
+                parts = pair._asdict() if isinstance(pair, Pair) else pair
+                for factor, array in parts.items():
+                    (self._A if factor == "A" else self._B)[layer].copy_(torch.from_numpy(array))
+            for name, array in dense.items():
+                self._head[name].copy_(torch.from_numpy(array))
+
+    def trainable(self, trains: str) -> list[nn.Parameter]:
+        """Makes the named factors ("AB", "A", "B") and the head, if it is trained, require gradients, and only those."""
+        for factor, parameters in (("A", self._A), ("B", self._B)):
+            for parameter in parameters.values():
+                parameter.requires_grad_(factor in trains)
+                parameter.grad = None
+        for parameter in self._head.values():
+            parameter.requires_grad_(True)
+            parameter.grad = None
+        chosen = [p for factor, ps in (("A", self._A), ("B", self._B)) if factor in trains for p in ps.values()]
+        return [*chosen, *self._head.values()]
+
+    def forward(self, batch: dict[str, Tensor]) -> Any:
+        """transformers' output for a batch: .loss (mean over examples) and .logits (N, classes)."""
+        return self.peft(**batch)
+
+    def initial(self, init: str, seed: int) -> Adapters:
+        """The factors of round 0: B = 0 and A by `init`, from the stream (seed, adapters), layer by layer.
+
+        kaiming: uniform in ±1/√n, PEFT's own (rows of norm about 0.577); orthonormal: A Aᵀ = I;
+        pissa: √S_r V_rᵀ of W0. Raises ConfigError for orthonormal or pissa with a rank above min(m, n).
+        """
+        rng = seeds.stream(seed, "adapters")
+        return {layer: Pair(self._initial_A(layer, init, rng), np.zeros(self._B[layer].shape, np.float32)) for layer in self._A}
+
+    def _initial_A(self, layer: str, init: str, rng: np.random.Generator) -> np.ndarray:
+        rank, n = self._A[layer].shape
+        m = self._B[layer].shape[0]
+        if init != "kaiming" and rank > min(m, n):
+            raise ConfigError(f"adapter.rank={rank} is above {min(m, n)}, the size of {layer}; lower it for strategy.init={init}")
+        if init == "kaiming":
+            return rng.uniform(-1, 1, (rank, n)).astype(np.float32) / np.float32(np.sqrt(n))
+        if init == "orthonormal":
+            return lowrank.orthonormal_rows(rng.standard_normal((rank, n))).astype(np.float32)
+        module: Any = self.peft.get_submodule(layer)
+        weight = _numpy(module.base_layer.weight).astype(np.float64)
+        if module.fan_in_fan_out:  # Conv1D keeps W0 transposed
+            weight = weight.T
+        _, values, right = np.linalg.svd(weight, full_matrices=False)
+        return (np.sqrt(values[:rank])[:, None] * right[:rank]).astype(np.float32)
+
+    def save(self, folder: Path) -> None:
+        """The adapter in PEFT's own format: `PeftModel.from_pretrained(base, folder)` reads it."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Could not find a config file")
+            self.peft.save_pretrained(str(folder))
+
+
+def file_name(parameter: str) -> str:
+    """A parameter's name as PEFT writes it to adapter_model.safetensors."""
+    return parameter.replace(".modules_to_save.default.", ".").replace(".default.weight", ".weight")
+
+
+def target_modules(model: nn.Module, wanted: list[str]) -> list[str]:
+    """The endings of the layers to adapt; for an empty `wanted`, the query and value projections by their usual names."""
+    linear = [name for name, module in model.named_modules() if _adaptable(module)]
+    endings = {name.rpartition(".")[2] for name in linear}
+    if not wanted:
+        for names in _QUERY_VALUE:
+            if endings.issuperset(names):
+                return list(names)
+        raise ConfigError(f"adapter.target_modules must be named for this model; its linear layers are {', '.join(sorted(endings))}")
+    for ending in wanted:
+        if not any(name == ending or name.endswith(f".{ending}") for name in linear):
+            raise ConfigError(
+                f"adapter.target_modules={ending} matches no linear layer; {check.suggest(ending, endings)}"
+                + (f" (there are: {', '.join(sorted(endings))})" if len(endings) < 30 else "")
+            )
+    return list(wanted)
+
+
+def _adaptable(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _head_modules(base: Base) -> list[str]:
+    """What is not the pretrained body: the model's children beside it, and whatever inside it the checkpoint lacked."""
+    body = str(getattr(base.model, "base_model_prefix", ""))
+    head = [name for name, child in base.model.named_children() if name != body and any(True for _ in child.parameters())]
+    inside = {name.rpartition(".")[0] for name in base.new if name.split(".")[0] not in head}
+    return head + sorted(inside)
+
+
+def _numpy(parameter: Tensor) -> np.ndarray:
+    return np.array(parameter.detach().cpu().numpy(), dtype=np.float32)

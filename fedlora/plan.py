@@ -1,0 +1,106 @@
+"""What an experiment will come to, before it is run: derived values with their reason, bytes, memory, steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from flwr.app import RecordDict
+
+from clients.train import local_steps
+from fedlora import engines, messages
+from fedlora.messages import ServerState
+from fedlora.terminal import size
+from fedlora.workbench import Workbench
+from strategies import LoRAStrategy
+from strategies.base import draw_cohort
+
+Derived = list[tuple[str, str, str]]  # name, value, reason
+
+
+def derive(bench: Workbench, strategy: LoRAStrategy, state: ServerState) -> Derived:
+    """Every value that follows from the settings and the data, with its reason."""
+    config, model = bench.config, bench.model
+    counts = np.array([len(bench.examples_of(client)[0]) for client in range(config.clients)])
+    parameters = sum(array.size for array in sent(state, strategy.trains))
+    head = "trained" if model.trains_head else "frozen"
+    why = "adapter.train_head" if config.adapter.train_head is not None else (
+        "the checkpoint has none for these classes" if model.head_is_new else "the checkpoint has one"
+    )  # fmt: skip
+    rows = [
+        ("scale", f"{model.scale:g}", f"alpha {config.adapter.alpha:g} / rank {config.adapter.rank}"),
+        ("layers", f"{len(state.adapters)}", f"target modules {', '.join(model.target_modules)}"),
+        ("head", head, why),
+        ("trained by a client", f"{parameters:,} parameters", f"factor {' and '.join(strategy.trains)} of each layer"
+            + (" and the head" if model.trains_head else "")),
+        ("cohort", f"{config.cohort_size} of {config.clients} clients", "clients_per_round" if config.clients_per_round
+            else f"fraction {config.fraction:g}" if config.fraction is not None else "all"),
+        ("examples a client", f"{counts.min()} / {np.median(counts):g} / {counts.max()}",
+            f"smallest / median / largest of {counts.sum()}, partition {config.partition.name}"),
+        ("central test", f"{len(bench.dataset.test)} examples", "dataset.test" if config.dataset.test else
+            f"test_fraction {config.dataset.test_fraction:g}"),
+        ("device", str(model.device), f"device={config.device}"),
+    ]  # fmt: skip
+    if config.engine.name != "inline":
+        workers, gpus = engines.resources(config)
+        reason = "engine.workers" if config.engine.workers else "one a GPU" if gpus else "one a core"
+        rows.append(("workers", f"{workers}", reason))
+    return rows
+
+
+def cost(bench: Workbench, strategy: LoRAStrategy, state: ServerState) -> Derived:
+    """Bytes, steps and memory of the whole run; the memory of a step is measured by one forward pass, not guessed."""
+    config = bench.config
+    up, down = bytes_sent(state, strategy.trains), bytes_sent(state, "AB")
+    trainings = config.rounds * config.cohort_size
+    counts = [len(bench.examples_of(client)[0]) for client in range(config.clients)]
+    clients = list(range(config.clients))
+    steps = sum(
+        local_steps(config.train, counts[client])
+        for round in range(1, config.rounds + 1)
+        for client in draw_cohort(config.seed, round, clients, config.cohort_size)
+    )
+    weights = sum(p.numel() * p.element_size() for p in bench.model.peft.parameters())
+    trained = sum(array.size for array in sent(state, strategy.trains)) * 4
+    moments = {"sgd": int(config.train.momentum > 0), "adamw": 2}[config.train.optimizer]
+    activations = saved_bytes(bench, strategy, int(np.argmax(counts)))
+    return [
+        ("bytes a client and round", f"up {size(up)}, down {size(down)}", "arrays as sent, 128 bytes of header each"),
+        ("bytes of the run", f"up {size(trainings * up)}, down {size(trainings * down)}", f"{trainings} client rounds"),
+        ("steps", f"{steps:,}", f"optimiser steps of the {trainings} client rounds that the seed draws"),
+        ("base model", size(weights), "once in each process"),
+        ("adapters, gradients, optimiser", size(trained * (2 + moments)), f"{2 + moments} × what is trained, float32"),
+        ("activations of a step", size(activations), "saved for the backward pass; measured on the largest client"),
+        ("this process now", size(psutil.Process().memory_info().rss), "resident memory with model and data; a worker is alike"),
+    ]
+
+
+def bytes_sent(state: ServerState, factors: str) -> int:
+    """Bytes of one message with these factors of every layer and the head, if it is trained."""
+    return messages.array_bytes(RecordDict({messages.ARRAYS: messages.pack(state.adapters, state.dense, factors)}))
+
+
+def sent(state: ServerState, trains: str) -> list[Any]:
+    """The arrays that a client sends: the trained factors of every layer, and the head if it is trained."""
+    return [getattr(pair, f) for pair in state.adapters.values() for f in trains] + list(state.dense.values())
+
+
+def saved_bytes(bench: Workbench, strategy: LoRAStrategy, client: int) -> int:
+    """Bytes that autograd keeps for one batch of a client, each storage once, the model's own weights not counted."""
+    indices = bench.examples_of(client)[0][: bench.config.train.batch_size]
+    bench.model.trainable(strategy.trains)
+    weights = {p.untyped_storage().data_ptr() for p in bench.model.peft.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    bench.model.peft.train()
+    with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        bench.model.forward(bench.train.batch(indices, bench.model.device))
+    return sum(kept.values())

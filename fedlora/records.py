@@ -1,0 +1,207 @@
+"""The results folder: what is written, when, and what may be overwritten.
+
+    config.json     the resolved settings           summary.json    the outcome, written last
+    env.json        versions, commit, hardware      curves.png      the plot of rounds.jsonl
+    rounds.jsonl    a line a round, as it happens   adapter/        the merged adapter in PEFT's own format
+
+A finished folder is never written over in silence: the same settings again show what is there, and other settings under
+the same name are refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+import strategies
+from fedlora.check import ConfigError, RunError
+from fedlora.config import Config, settings
+
+ROUNDS, SUMMARY, CONFIG, ENV, CURVES, ADAPTER = (
+    "rounds.jsonl", "summary.json", "config.json", "env.json", "curves.png", "adapter"
+)  # fmt: skip
+_NOT_IDENTITY = ("engine.", "name", "results", "overwrite", "plan")  # settings that cannot change a number
+_VERSIONS = ("flwr", "torch", "transformers", "peft", "ray", "numpy", "scikit-learn", "hydra-core", "safetensors")
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Every setting by its dotted name, the strategy's own with their defaults filled in."""
+    values = dataclasses.asdict(config)
+    rows = {}
+    for name, _, _ in settings():
+        group, _, key = name.rpartition(".")
+        rows[name] = values[group][key] if group else values[name]
+    chosen = rows.pop("strategy")
+    own = {key: p.default for key, p in strategies.settings(chosen["name"]).items()}
+    return {"strategy.name": chosen["name"]} | {f"strategy.{k}": chosen.get(k, d) for k, d in own.items()} | rows
+
+
+def changed(config: Config) -> dict[str, Any]:
+    """The settings that differ from the defaults, by dotted name; the strategy's own against that strategy's defaults."""
+    usual = flat(Config(strategy={"name": config.strategy["name"]}))
+    return {name: value for name, value in flat(config).items() if value != usual[name]}
+
+
+def run_name(config: Config) -> str:
+    """A folder name made from the settings that can change a number, so that equal names mean equal numbers."""
+    parts = [str(config.strategy["name"])]
+    for key, value in changed(config).items():
+        if not key.startswith(_NOT_IDENTITY):
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            parts.append(f"{key.removesuffix('.name')}={text}")
+    name = re.sub(r"[^\w.,=+-]+", "_", ",".join(parts))
+    if len(name) > 120:  # file systems end at 255 bytes, and people earlier
+        name = f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name
+
+
+class Recorder:
+    """Writes one run's results folder, each file whole or not at all."""
+
+    def __init__(self, config: Config) -> None:
+        """Checks the folder without changing it; raises ConfigError where it holds a run with other settings."""
+        self.config = config
+        self.folder = Path(config.results) / (config.name or run_name(config))
+        self.finished = self._read_summary().get("status") == "finished" and not config.overwrite
+        if not config.overwrite and (difference := self._difference()):
+            raise ConfigError(
+                f"name={self.folder.name}: {self.folder} holds a run with other settings ({difference}); "
+                "choose another name, or overwrite=true"
+            )
+
+    def summary(self) -> dict[str, Any]:
+        """The summary of the run that stands in the folder."""
+        return self._read_summary()
+
+    def claim(self) -> None:
+        """Make the folder and try it, before any time is spent. Raises ConfigError if it cannot be written."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder) as file:
+                file.write(b" ")
+                file.flush()
+        except OSError as error:
+            raise ConfigError(
+                f"results={self.config.results}: cannot write {self.folder} ({error.strerror}); choose another folder"
+            ) from error
+
+    def begin(self) -> None:
+        """Clear what an earlier run left, and write config.json and env.json."""
+        for name in (SUMMARY, ROUNDS, CURVES, ADAPTER):  # the mark of a finished run goes first
+            _remove(self.folder / name)
+        self._write(CONFIG, dataclasses.asdict(self.config))
+        self._write(ENV, environment())
+
+    def round(self, row: dict[str, Any]) -> None:
+        """Append one round to rounds.jsonl, on disk when this returns."""
+        try:
+            with open(self.folder / ROUNDS, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise self._full(ROUNDS, error) from error
+
+    def close(self, summary: dict[str, Any]) -> None:
+        """Write summary.json, the mark of a run that has ended."""
+        self._write(SUMMARY, summary)
+
+    def save(self, name: str, write: Callable[[Path], None]) -> None:
+        """Let `write` make a file or a folder, and put it under its name only when it is whole."""
+        temporary, final = self.folder / f".{name}.tmp", self.folder / name
+        _remove(temporary)
+        try:
+            write(temporary)
+            _remove(final)
+            temporary.replace(final)
+        except (OSError, SafetensorError) as error:
+            _remove(temporary)
+            raise self._full(name, error) from error
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        def write(path: Path) -> None:
+            with open(path, "w", encoding="utf-8") as file:
+                json.dump(content, file, indent=2, sort_keys=True)
+                file.write("\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+        self.save(name, write)
+
+    def _full(self, name: str, error: Exception) -> RunError:
+        reason = getattr(error, "strerror", None) or str(error)
+        return RunError(f"results={self.config.results}: cannot write {self.folder / name} ({reason}); the run stops here")
+
+    def _read_summary(self) -> dict[str, Any]:
+        try:
+            content: dict[str, Any] = json.loads((self.folder / SUMMARY).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return content
+
+    def _difference(self) -> str:
+        """'rounds 30 → 20' for the settings in which the folder's run differs from this one; '' if there is none."""
+        try:
+            there = json.loads((self.folder / CONFIG).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return ""
+        old, new = _flatten(there), _flatten(dataclasses.asdict(self.config))
+        keys = [key for key in sorted(old | new) if not key.startswith(_NOT_IDENTITY) and old.get(key) != new.get(key)]
+        return ", ".join(f"{key} {old.get(key)} → {new.get(key)}" for key in keys[:4]) + (", …" if len(keys) > 4 else "")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit, hardware and command line of this process."""
+    import psutil
+
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in _VERSIONS},
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": _gpus(),
+    }
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def _git(*arguments: str) -> str:
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    rows: dict[str, Any] = {}
+    for key, value in values.items():
+        rows |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return rows

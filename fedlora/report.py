@@ -1,0 +1,74 @@
+"""What the records of a run add up to: its summary and its picture. Reads rounds.jsonl and nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedlora.config import Config
+from fedlora.records import ROUNDS
+
+
+def read_rounds(folder: Path) -> list[dict[str, Any]]:
+    """The lines of rounds.jsonl; a last line that was cut off is left out."""
+    rows = []
+    for line in (folder / ROUNDS).read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def summarise(config: Config, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The outcome of a run from its rounds: the last central evaluation, totals of bytes, seconds since the start."""
+    evaluated = [row for row in rows if "accuracy" in row]
+    first, last = (evaluated[0], evaluated[-1]) if evaluated else ({}, {})
+    trained = rows[1:]  # round 0 is the evaluation before any training
+    return {
+        "strategy": config.strategy["name"],
+        "clients": config.clients,
+        "rounds": len(trained),
+        "rounds_planned": config.rounds,
+        "seed": config.seed,
+        "accuracy": last.get("accuracy"),
+        "loss": last.get("loss"),
+        "macro_f1": last.get("macro_f1"),
+        "accuracy_before": first.get("accuracy"),
+        "bytes_up": sum(row["bytes_up"] for row in trained),
+        "bytes_down": sum(row["bytes_down"] for row in trained),
+        "drops": sum(len(row["drops"]) for row in trained),
+        "seconds": rows[-1]["seconds"] if rows else None,
+        "seconds_to_first_round": trained[0]["started"] if trained else None,
+    }
+
+
+def draw_curves(path: Path, rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+    """A PNG at `path`: accuracy and loss by round, and accuracy by megabytes sent."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    megabytes = np.cumsum([row.get("bytes_up", 0) + row.get("bytes_down", 0) for row in rows]) / 1e6
+    evaluated = [(row, sent) for row, sent in zip(rows, megabytes, strict=True) if "accuracy" in row]
+    rounds = [row["round"] for row, _ in evaluated]
+    accuracy = [row["accuracy"] for row, _ in evaluated]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained", sharey=True)
+    left.plot(rounds, accuracy, marker=".", color="tab:blue")
+    left.axhline(accuracy[0], color="grey", linestyle=":", linewidth=1)
+    left.annotate("pretrained", (rounds[-1], accuracy[0]), ha="right", va="bottom", color="grey", fontsize=8)
+    left.set(xlabel="round", ylabel="test accuracy")
+    loss = left.twinx()
+    loss.plot(rounds, [row["loss"] for row, _ in evaluated], color="tab:orange", linewidth=1, alpha=0.8)
+    loss.set_ylabel("test loss (nats)", color="tab:orange")
+    right.plot([sent for _, sent in evaluated], accuracy, marker=".", color="tab:blue")
+    right.set(xlabel="megabytes sent, both ways, all clients")
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+    figure.suptitle(f"{summary['strategy']}, {summary['clients']} clients, seed {summary['seed']}", fontsize=10)
+    figure.savefig(path, dpi=120, format="png")
+    pyplot.close(figure)

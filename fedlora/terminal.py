@@ -1,0 +1,93 @@
+"""What a run says while it goes: settings, derived values, progress. A bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fedlora import records
+from fedlora.config import Config
+from strategies.base import RoundReport
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def size(count: float) -> str:
+    """Bytes for people: 512 B, 1.5 kB, 2.0 MB (powers of ten)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+
+
+def say(sentence: str) -> None:
+    """One line, as it is."""
+    console.print(sentence, markup=False)
+
+
+def announce(config: Config, derived: list[tuple[str, str, str]]) -> None:
+    """The settings that differ from the defaults, then every derived value with its reason."""
+    console.print(f"[bold]{config.strategy['name']}[/] on {config.dataset.name} with {config.model.name}")
+    for name, value in records.changed(config).items():
+        say(f"  {name} = {value}")
+    for name, value, reason in derived:
+        say(f"  {name}: {value}  ({reason})")
+
+
+class Rounds:
+    """Shows the rounds of one run; use as a context manager."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.cohort = config.cohort_size
+        self.sent, self.accuracy = 0, ""
+        self.bar: Progress | None = None
+        if console.is_terminal:
+            self.bar = Progress(
+                TextColumn("round {task.fields[round]}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
+                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console,
+            )  # fmt: skip
+            self.task = self.bar.add_task("", total=config.rounds * self.cohort, round="0", text="starting")
+
+    def __enter__(self) -> Rounds:
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def replied(self, running: RoundReport | None, count: int) -> None:
+        """`count` clients have replied to what was sent last; the roll call comes before any round runs."""
+        if self.bar and running:
+            before = (running.round - 1) * self.cohort
+            self.bar.update(self.task, completed=before + min(count, self.cohort), round=str(running.round))
+
+    def finished(self, row: dict[str, Any]) -> None:
+        """One round is over; `row` is its line of rounds.jsonl."""
+        self.sent += row.get("bytes_up", 0) + row.get("bytes_down", 0)
+        if "accuracy" in row:
+            self.accuracy = f"accuracy {row['accuracy']:.3f}  loss {row['loss']:.3f}"
+        if self.bar:
+            done = row["round"] * self.cohort
+            self.bar.update(self.task, completed=done, round=str(row["round"]), text=f"{self.accuracy}  sent {size(self.sent)}")
+        else:
+            say(
+                f"round {row['round']}/{self.config.rounds}  {self.accuracy}  "
+                f"up {size(row.get('bytes_up', 0))}  down {size(row.get('bytes_down', 0))}  {row['seconds']:.1f} s"
+            )
+        for client, reason in row.get("drops", {}).items():
+            say(f"  client {client} dropped in round {row['round']}: {reason}")
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A table with left-aligned cells."""
+    printed = Table(*columns, title=title, title_justify="left", box=None, pad_edge=False)
+    for row in rows:
+        printed.add_row(*row)
+    console.print(printed)

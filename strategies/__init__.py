@@ -1,0 +1,81 @@
+"""Federated LoRA strategies: one file each, found by itself.
+
+    import strategies
+    strategy = strategies.make("fedsvd", every=1)      # by name, settings as keywords
+    from strategies import FedSVD                      # or by class, in anybody's Flower ServerApp
+
+The name of a strategy is the name of its file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from typing import Any
+
+from fedlora import check
+from fedlora.check import ConfigError
+from fedlora.messages import ServerState, Update
+from strategies.base import FlowerFedAvg, LoRAStrategy
+
+_CLASSES: dict[str, type[LoRAStrategy]] = {}
+for _module in pkgutil.iter_modules(__path__):
+    if _module.name != "base":
+        for _value in vars(importlib.import_module(f"strategies.{_module.name}")).values():
+            if inspect.isclass(_value) and issubclass(_value, LoRAStrategy) and _value.__module__.endswith(f".{_module.name}"):
+                _CLASSES[_module.name] = _value
+                globals()[_value.__name__] = _value
+
+__all__ = ["LoRAStrategy", "ServerState", "Update", "make", "names", "settings", "strategy_class"]
+__all__ += [_class.__name__ for _class in _CLASSES.values()]
+
+
+def __getattr__(name: str) -> type[LoRAStrategy]:
+    """Tells type checkers that the classes found above are attributes of this package."""
+    raise AttributeError(f"module 'strategies' has no attribute {name!r}")
+
+
+def names() -> list[str]:
+    """The names of all strategies, sorted."""
+    return sorted(_CLASSES)
+
+
+def strategy_class(name: str) -> type[LoRAStrategy]:
+    """The class of that name; raises ConfigError with a suggestion for an unknown one."""
+    return _CLASSES[check.one_of(names(), strategy=name)]
+
+
+def settings(name: str) -> dict[str, inspect.Parameter]:
+    """The settings of a strategy that a user may choose: its own keywords, and `init`, which all share."""
+    init = vars(strategy_class(name)).get("__init__", object.__init__)
+    shared = {"init": inspect.signature(LoRAStrategy).parameters["init"]}
+    return shared | {key: p for key, p in inspect.signature(init).parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+
+def make(name: str, **keywords: Any) -> LoRAStrategy:
+    """The strategy of that name with its settings, and any of LoRAStrategy's and Flower's keywords.
+
+    Raises ConfigError, with a suggestion, for an unknown name or setting, and for a value of the wrong type or range.
+    """
+    chosen, known = strategy_class(name), settings(name)
+    runtime = _keywords(LoRAStrategy) | _keywords(FlowerFedAvg)
+    for key, value in keywords.items():
+        if key in known:
+            _check_type(f"strategy.{key}", value, known[key])
+        elif key not in runtime:
+            raise ConfigError(f"strategy.{key} is not a setting of {name}; {check.suggest(key, known)}")
+    return chosen(**keywords)
+
+
+def _keywords(function: Any) -> set[str]:
+    """The names of what may be passed by keyword; **rest is not the name of one."""
+    return {key for key, p in inspect.signature(function).parameters.items() if p.kind is not p.VAR_KEYWORD}
+
+
+def _check_type(setting: str, value: Any, parameter: inspect.Parameter) -> None:
+    """Values come from a command line, so an int may stand for a float, and nothing else for anything else."""
+    wanted = type(parameter.default)
+    fits = isinstance(value, int | float) if wanted is float else isinstance(value, wanted)
+    if not fits or (isinstance(value, bool) and wanted is not bool):
+        raise ConfigError(f"{setting}={value} is of the wrong type; it takes {wanted.__name__} (default {parameter.default})")

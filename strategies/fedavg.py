@@ -1,0 +1,27 @@
+"""FedIT: Federated averaging of both LoRA factors (Zhang et al., arXiv 2305.05644).
+
+    Ā = Σ p_k A_k,   B̄ = Σ p_k B_k
+
+The product B̄Ā is not Σ p_k B_k A_k: the metric `aggregation_bias` says by how much. Differences from the paper: none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fedlora import lowrank
+from fedlora.messages import ServerState, Update
+from strategies.base import LoRAStrategy, layers, shares
+
+
+class FedAvg(LoRAStrategy):
+    """Average A and average B."""
+
+    trains = "AB"
+    paper = "FedIT, 2305.05644"
+    exact = False
+
+    def merge(self, state: ServerState, updates: list[Update], round: int) -> ServerState:
+        """(Ā, B̄) of every layer."""
+        p = shares(updates)
+        return replace(state, adapters={name: lowrank.mean(pairs, p) for name, pairs in layers(updates).items()})

@@ -1,0 +1,38 @@
+"""FedSVD: A is refactored by the server, B alone is trained (Lee et al., NeurIPS 2025, arXiv 2505.12805).
+
+    B = Σ p_k B_k,   U S Vᵀ = svd(B A),   A ← V_rᵀ (orthonormal rows),   B ← U_r S_r
+
+The product is unchanged; only its factors are. Differences from the paper: the SVD goes through QR of the thin factors
+and an r × r core, which is exact; B = 0 is never refactored, since it says nothing about A.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from fedlora import check, lowrank
+from fedlora.lowrank import Pair
+from fedlora.messages import ServerState, Update
+from strategies.base import LoRAStrategy, layers, shares
+
+
+class FedSVD(LoRAStrategy):
+    """Average B, then refactor B A by its SVD; `every` = k refactors in every k-th round only."""
+
+    trains = "B"
+    paper = "FedSVD, 2505.12805"
+    exact = True
+
+    def __init__(self, *, every: int = 1, **keywords: Any) -> None:
+        super().__init__(**keywords)
+        self.every = check.positive(**{"strategy.every": every})
+
+    def merge(self, state: ServerState, updates: list[Update], round: int) -> ServerState:
+        """(V_rᵀ, U_r S_r) of every layer in a refactoring round, else (A, B̄)."""
+        p, merged = shares(updates), {}
+        for name, pairs in layers(updates).items():
+            pair = Pair(state.adapters[name].A, lowrank.average([pair.B for pair in pairs], p))
+            refactor = round % self.every == 0 and pair.B.any()
+            merged[name] = lowrank.recompress(pair, pair.rank) if refactor else pair
+        return replace(state, adapters=merged)

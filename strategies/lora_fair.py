@@ -1,0 +1,80 @@
+"""LoRA-FAIR: averaged factors, with B corrected towards the ideal update (Bian et al., ICCV 2025, arXiv 2411.14961).
+
+    min over ΔB of  S(ΔW, (B̄ + ΔB) Ā) + λ ‖ΔB‖,   ΔW = Σ p_k B_k A_k,   A ← Ā,   B ← B̄ + ΔB
+
+The correction can only remove the part of ΔW − B̄Ā that lies in the row space of Ā. Two solvers:
+
+* `ridge` (default): S is the squared Frobenius distance and the penalty is squared, which has a closed form,
+  ΔB = (ΔW − B̄Ā) Āᵀ (ĀĀᵀ + λI)⁻¹;
+* `sgd`: the paper's S, 1 − cosine similarity, by gradient descent. Differences from the paper: ΔB starts at zero (from a
+  random start it does not decay at λ = 0.01); the penalty, whose gradient jumps at zero, is applied as its exact shrinkage
+  of ΔB; and lr is in units of ‖BĀ‖² / λ_max(ĀĀᵀ), the natural step of a function that ignores scale. With lr ≤ 1 no step
+  raises the objective, early or late in a run; where λ outweighs the gradient, as it does for a large B, ΔB = 0.
+
+Both use r-sized products only: ΔW Āᵀ = Σ p_k B_k (A_k Āᵀ).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from fedlora import check, lowrank
+from fedlora.lowrank import Pair
+from fedlora.messages import ServerState, Update
+from strategies.base import LoRAStrategy, layers, shares
+
+
+class LoRAFair(LoRAStrategy):
+    """Average A and B, then correct B; `lam` is λ, `steps` and `lr` belong to solver=sgd."""
+
+    trains = "AB"
+    paper = "LoRA-FAIR, 2411.14961"
+    exact = False
+
+    def __init__(
+        self, *, solver: str = "ridge", lam: float = 0.01, steps: int = 100, lr: float = 1.0, **keywords: Any
+    ) -> None:
+        super().__init__(**keywords)
+        self.solver = check.one_of(("ridge", "sgd"), **{"strategy.solver": solver})
+        self.lam = check.not_negative(**{"strategy.lam": lam})
+        self.steps = check.positive(**{"strategy.steps": steps})
+        self.lr = check.positive(**{"strategy.lr": lr})
+
+    def merge(self, state: ServerState, updates: list[Update], round: int) -> ServerState:
+        """(Ā, B̄ + ΔB) of every layer."""
+        p, merged = shares(updates), {}
+        for name, pairs in layers(updates).items():
+            centre = lowrank.mean(pairs, p)
+            correction = self._ridge(pairs, p, centre) if self.solver == "ridge" else self._descend(pairs, p, centre)
+            merged[name] = Pair(centre.A, (centre.B + correction).astype(centre.B.dtype))
+        return replace(state, adapters=merged)
+
+    def _ridge(self, pairs: list[Pair], p: np.ndarray, centre: Pair) -> np.ndarray:
+        """ΔB, shape (m, r). With λ = 0 and a rank-deficient Ā, the least-squares solution of smallest norm."""
+        U, s, Vt = np.linalg.svd(centre.A.astype(np.float64), full_matrices=False)  # (r, k), (k,), (k, n)
+        kept = s > np.finfo(np.float64).eps * centre.A.shape[1] * s[0]
+        damped = np.divide(s, s**2 + self.lam, out=np.zeros_like(s), where=kept)  # Āᵀ (ĀĀᵀ + λI)⁻¹ = V damped Uᵀ
+        missed = lowrank.bias(pairs, p)
+        return missed.B @ (missed.A @ Vt.T * damped) @ U.T
+
+    def _descend(self, pairs: list[Pair], p: np.ndarray, centre: Pair) -> np.ndarray:
+        """ΔB, shape (m, r), after `steps` of proximal gradient descent from zero. Zero where the cosine has no meaning."""
+        A, start = centre.A.astype(np.float64), centre.B.astype(np.float64)
+        ideal = lowrank.stack(pairs, p)
+        length = lowrank.norm(ideal)
+        gram, steepest = A @ A.T, np.linalg.norm(A, 2) ** 2
+        correction = np.zeros_like(start)
+        if not length * lowrank.norm(centre):
+            return correction
+        goal = ideal.B @ (ideal.A @ A.T) / length  # (m, r), so that the cosine is ⟨goal, B⟩ / ‖BĀ‖
+        for _ in range(self.steps):
+            B = start + correction
+            size = np.sqrt(np.sum((B @ gram) * B))  # ‖BĀ‖
+            cosine = np.sum(goal * B) / size
+            correction -= self.lr / steepest * (cosine * (B @ gram) - size * goal)  # the step times the gradient of S
+            moved, shrinkage = np.linalg.norm(correction), self.lr / steepest * size**2 * self.lam
+            correction *= max(0.0, 1.0 - shrinkage / moved) if moved else 0.0
+        return correction

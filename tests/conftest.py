@@ -1,0 +1,42 @@
+"""Settings shared by the tests: small experiments, and the command line in a process of its own."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedlora.config import Config, from_dict
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A maker of small experiments on the embedded data, in a results folder of the test's own."""
+
+    def make(**overrides) -> Config:
+        values = dataclasses.asdict(Config())
+        values |= {"clients": 6, "rounds": 2, "clients_per_round": 4, "results": str(tmp_path / "results"), "device": "cpu"}
+        values["train"]["steps"] = 2
+        values["engine"]["name"] = "inline"
+        for key, value in overrides.items():
+            group, _, setting = key.partition("__")
+            if setting and group != "strategy":
+                values[group][setting] = value
+            elif setting:
+                values[group] = values[group] | {setting: value}
+            else:
+                values[key] = value
+        return from_dict(values).checked()
+
+    return make
+
+
+def run_py(*arguments: str, cwd: Path = ROOT, **options) -> subprocess.CompletedProcess[str]:
+    """`python run.py …` as a user types it."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"} | options.pop("env", {})
+    command = [sys.executable, str(ROOT / "run.py"), *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=180, **options)

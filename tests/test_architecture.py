@@ -1,0 +1,94 @@
+"""The house's rules: imports go one way, files stay short, nothing heavy loads for a small question."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("fedlora", "strategies", "clients")
+
+# What each part may import of ours; a part not listed here may import anything (experiment, cli and plan wire it all).
+ALLOWED = {
+    "fedlora.check": set(),
+    "fedlora.seeds": set(),
+    "fedlora.lowrank": set(),
+    "fedlora.messages": {"fedlora.lowrank"},
+    "fedlora.config": {"fedlora.check", "fedlora.data"},
+    "fedlora.data": {"fedlora.check", "fedlora.seeds", "fedlora.config"},
+    "fedlora.models": {"fedlora.check", "fedlora.seeds", "fedlora.lowrank", "fedlora.config", "fedlora.data", "fedlora.messages"},
+    "fedlora.evaluate": {"fedlora.models"},
+    "fedlora.engines": {"fedlora.check", "fedlora.config", "fedlora.workbench"},
+    "fedlora.workbench": {"fedlora.check", "fedlora.config", "fedlora.data", "fedlora.models"},
+    "fedlora.report": {"fedlora.config", "fedlora.records"},
+    "fedlora.privacy": {"fedlora.check", "fedlora.seeds", "fedlora.lowrank", "fedlora.messages"},
+    "strategies": {"fedlora.check", "fedlora.seeds", "fedlora.lowrank", "fedlora.messages"},
+    "clients": {
+        "fedlora.config", "fedlora.evaluate", "fedlora.messages", "fedlora.models", "fedlora.privacy", "fedlora.seeds",
+        "fedlora.workbench",
+    },
+}  # fmt: skip
+
+
+def sources():
+    return [file for package in PACKAGES for file in (ROOT / package).rglob("*.py")]
+
+
+def imports(file: Path) -> set[str]:
+    """Dotted names of ours that a file imports, those inside functions too, those for type checkers left out."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for inner in ast.walk(node)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.split(".")[0] in PACKAGES}
+
+
+def within(name: str, part: str) -> bool:
+    return name == part or name.startswith(f"{part}.")
+
+
+@pytest.mark.parametrize("part", sorted(ALLOWED))
+def test_imports_go_one_way(part: str) -> None:
+    files = [f for f in sources() if within(".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"), part)]
+    assert files or part == "fedlora.privacy"
+    for file in files:
+        for name in imports(file):
+            assert within(name, part) or any(within(name, other) for other in ALLOWED[part]), f"{file} imports {name}"
+
+
+def test_no_strategy_is_known_by_name_to_the_runtime() -> None:
+    names = {file.stem for file in (ROOT / "strategies").glob("*.py")} - {"base", "__init__"}
+    assert names
+    for file in (ROOT / "fedlora").rglob("*.py"):
+        strings = {n.value for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+        default = {"fedsvd"} if file.name == "config.py" else set()
+        assert strings & names <= default, f"{file} names {strings & names}"
+
+
+@pytest.mark.parametrize("file", sources(), ids=lambda file: str(file.relative_to(ROOT)))
+def test_files_stay_short(file: Path) -> None:
+    limit = 120 if file.parent.name == "strategies" and file.stem not in ("base", "__init__") else 300
+    assert len(file.read_text().splitlines()) <= limit
+
+
+def test_checking_a_command_line_loads_no_model_library() -> None:
+    code = (
+        "import sys; from pathlib import Path; from fedlora.cli import main; "
+        "status = main(Path('configs'), ['rounds=0']); "
+        "print(status, [m for m in ('torch', 'transformers', 'ray', 'matplotlib') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "2 []", done.stderr

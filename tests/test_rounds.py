@@ -1,0 +1,536 @@
+"""Every strategy through Flower's own `start`, on a grid whose clients are pure functions: order, failures, bytes."""
+
+from __future__ import annotations
+
+import random
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+import strategies
+from fedlora import messages, seeds
+from fedlora.check import RunError
+from fedlora.lowrank import Adapters, Pair
+from strategies import LoRAStrategy
+from strategies.base import draw_cohort
+
+LAYERS = {"model.query": (6, 5), "model.value": (7, 5)}
+RANK, HEAD, CLIENTS = 2, 3, 5
+Client = Callable[[int, Message], RecordDict | None]  # (client, message) → its reply, or None for no reply at all
+every_strategy = pytest.mark.parametrize("name", strategies.names())
+
+
+class StubGrid(Grid):
+    """Calls `client` for every message. With `shuffle`, node ids are random and replies come in random order."""
+
+    def __init__(self, client: Client, clients: int = CLIENTS, shuffle: int | None = None, message_ids: bool = True) -> None:
+        self.client, self.message_ids = client, message_ids
+        self.random = random.Random(shuffle)
+        self.shuffled = shuffle is not None
+        self.nodes: dict[int, int] = {}  # node id → client
+        self.seen: list[Message] = []
+        for number in range(clients):
+            self.join(number)
+
+    def join(self, client: int) -> None:
+        self.nodes[self.random.getrandbits(62) if self.shuffled else 100 + client] = client
+
+    def get_node_ids(self) -> Iterable[int]:
+        return self.random.sample(list(self.nodes), len(self.nodes)) if self.shuffled else list(self.nodes)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        replies = [reply for message in messages if (reply := self._call(message)) is not None]
+        return self.random.sample(replies, len(replies)) if self.shuffled else replies
+
+    def _call(self, message: Message) -> Message | None:
+        if self.message_ids:
+            message.metadata.__dict__["_message_id"] = str(uuid.uuid4())  # as Flower's grids do
+        self.seen.append(message)
+        try:
+            content = self.client(self.nodes[message.metadata.dst_node_id], message)
+        except Exception as error:  # as Flower's workers do
+            return Message(Error(code=2, reason=f"{type(error)}:<'{error}'>"), reply_to=message)
+        return None if content is None else Message(content, reply_to=message)
+
+    def set_run(self, run: Run) -> None: ...
+
+    @property
+    def run(self) -> Run:
+        raise NotImplementedError
+
+    def create_message(self, *arguments: Any, **keywords: Any) -> Message:
+        raise NotImplementedError
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        raise NotImplementedError
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        raise NotImplementedError
+
+
+@pytest.fixture(autouse=True)
+def outside_of_flower() -> Iterator[None]:
+    """A Message can only be made by a task that says who it is; restored for the tests of other files."""
+    before = {key: getattr(TaskIdentity, f"_{key}") for key in ("task_id", "run_id", "node_id")}
+    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
+    yield
+    for key, value in before.items():
+        setattr(TaskIdentity, f"_{key}", value)
+
+
+def initial(seed: int = 0) -> ArrayRecord:
+    rng = np.random.default_rng(seed)
+    adapters: Adapters = {
+        layer: Pair(rng.standard_normal((RANK, n)).astype(np.float32), np.zeros((m, RANK), np.float32))
+        for layer, (m, n) in LAYERS.items()
+    }
+    return messages.pack(adapters, {"head": np.zeros(HEAD, np.float32)})
+
+
+def trained(client: int, message: Message, trains: str, examples: Any = None) -> RecordDict:
+    """What a client sends: the trained factors and the head, moved by its own random stream of this round."""
+    factors, dense = messages.unpack(message.content.array_records[messages.ARRAYS])
+    round = message.content.config_records[messages.CONFIG][messages.ROUND]
+    rng = seeds.stream(0, "test", client, cast(int, round))
+    arrays = {
+        f"{layer}.lora_{factor}.weight": pair[factor] + rng.standard_normal(pair[factor].shape).astype(np.float32)
+        for layer, pair in factors.items()
+        for factor in trains
+    }
+    arrays |= {name: array + np.float32(client) for name, array in dense.items()}
+    metrics = {messages.EXAMPLES: 10 + client if examples is None else examples, "loss": 1.0 / (1 + client)}
+    return RecordDict({"arrays": ArrayRecord({k: Array(v) for k, v in arrays.items()}), "metrics": MetricRecord(metrics)})
+
+
+def honest(trains: str) -> Client:
+    """Clients that train, test and say which client they are, as those of this project do."""
+
+    def client(number: int, message: Message) -> RecordDict | None:
+        if message.metadata.message_type == "query":
+            return RecordDict({"metrics": MetricRecord({messages.CLIENT: number})})
+        if message.metadata.message_type == "evaluate":
+            return RecordDict({"metrics": MetricRecord({messages.EXAMPLES: number, "accuracy": number / 10})})
+        return trained(number, message, trains)
+
+    return client
+
+
+def make(name: str, **keywords: Any) -> LoRAStrategy:
+    return strategies.make(name, **{"min_train_nodes": 1, "min_available_nodes": CLIENTS} | keywords)
+
+
+def arrays_of(record: ArrayRecord) -> dict[str, bytes]:
+    return {name: array.data for name, array in record.items()}
+
+
+def play(strategy: LoRAStrategy, grid: Grid, rounds: int = 3) -> list[dict[str, bytes]]:
+    """The global arrays before the first round and after each, as bytes."""
+    history: list[dict[str, bytes]] = []
+    strategy.start(grid, initial(), rounds, evaluate_fn=lambda _, arrays: history.append(arrays_of(arrays)))
+    assert len(history) == rounds + 1
+    return history
+
+
+# ---- order
+
+
+@every_strategy
+@pytest.mark.parametrize("shuffle", [1, 2, 3])
+@pytest.mark.parametrize("message_ids", [True, False])
+def test_node_ids_and_arrival_order_change_no_bit(name: str, shuffle: int, message_ids: bool) -> None:
+    """3 of 5 clients a round: the same clients are drawn and merged in the same order on any grid."""
+    trains = strategies.strategy_class(name).trains
+    ordered, shuffled = make(name, fraction_train=0.6), make(name, fraction_train=0.6)
+    expected = play(ordered, StubGrid(honest(trains)))
+    got = play(shuffled, StubGrid(honest(trains), shuffle=shuffle, message_ids=message_ids))
+    assert got == expected
+    assert expected[0] != expected[1] != expected[2] != expected[3]
+    assert ordered.report is not None and shuffled.report is not None
+    assert ordered.report.cohort == shuffled.report.cohort == draw_cohort(0, 3, list(range(CLIENTS)), 3)
+
+
+@every_strategy
+def test_one_strategy_started_twice_starts_afresh(name: str) -> None:
+    """The second run begins at the arrays it is given, not at what the first one left."""
+    trains = strategies.strategy_class(name).trains
+    strategy = make(name)
+    first = play(strategy, StubGrid(honest(trains)))
+    assert play(strategy, StubGrid(honest(trains), shuffle=4)) == first
+
+
+@every_strategy
+def test_a_started_strategy_does_what_merge_says(name: str) -> None:
+    """The arrays after round 1 are those of `merge` on what the clients sent, and the head is averaged by examples."""
+    strategy, grid = make(name), StubGrid(honest(strategies.strategy_class(name).trains))
+    strategy.start(grid, initial(), 1)
+    assert strategy.state is not None
+    before = messages.state_of(initial(), 1.0)
+    sent = [
+        trained(grid.nodes[m.metadata.dst_node_id], m, strategy.trains) for m in grid.seen if m.metadata.message_type == "train"
+    ]
+    updates = []
+    for client, content in enumerate(sent):
+        factors, dense = messages.unpack(content.array_records["arrays"])
+        updates.append(strategies.Update(client, 10 + client, messages.complete(factors, before.adapters), dense))
+    expected = strategies.make(name).merge(before, updates, 1)
+    for layer, pair in strategy.state.adapters.items():
+        assert all(np.array_equal(a, b) for a, b in zip(pair, expected.adapters[layer], strict=True))
+    mean_client = sum((10 + c) * c for c in range(CLIENTS)) / sum(10 + c for c in range(CLIENTS))
+    assert strategy.state.dense["head"] == pytest.approx(np.full(HEAD, mean_client))
+    assert strategy.report is not None
+    mean_loss = sum((10 + c) / (1 + c) for c in range(CLIENTS)) / sum(10 + c for c in range(CLIENTS))
+    assert strategy.report.metrics["client_loss"] == pytest.approx(mean_loss)
+
+
+def test_cohorts_are_drawn_without_replacement_and_differ() -> None:
+    drawn = [draw_cohort(0, round, list(range(100)), 10) for round in range(1, 31)]
+    assert all(len(set(cohort)) == 10 and cohort == sorted(cohort) for cohort in drawn)
+    assert len({tuple(cohort) for cohort in drawn}) == 30
+    assert len({client for cohort in drawn for client in cohort}) > 90
+    assert draw_cohort(1, 1, list(range(100)), 10) != drawn[0]
+
+
+# ---- bytes
+
+
+@every_strategy
+def test_bytes_by_hand(name: str) -> None:
+    """float32, a header of 128 bytes an array: down both factors of both layers and the head, up the trained ones."""
+    strategy = make(name, fraction_train=0.6)
+    play(strategy, StubGrid(honest(strategy.trains)), rounds=1)
+    sizes = {"A": 4 * RANK * (5 + 5) + 2 * 128, "B": 4 * RANK * (6 + 7) + 2 * 128}
+    head = 4 * HEAD + 128
+    assert strategy.report is not None
+    assert strategy.report.bytes_down == 3 * (sizes["A"] + sizes["B"] + head)
+    assert strategy.report.bytes_up == 3 * (sum(sizes[factor] for factor in strategy.trains) + head)
+
+
+# ---- clients that fail
+
+
+def raising(number: int, message: Message) -> RecordDict:
+    raise RuntimeError("CUDA out of memory")
+
+
+def changed(change: Callable[[dict[str, np.ndarray]], Any], **keywords: Any) -> Client:
+    """A client that changes the arrays it has trained before it sends them."""
+
+    def client(number: int, message: Message) -> RecordDict:
+        content = trained(number, message, "AB", **keywords)
+        arrays = {name: array.numpy() for name, array in content.array_records["arrays"].items()}
+        change(arrays)
+        content["arrays"] = ArrayRecord({name: Array(array) for name, array in arrays.items()})
+        return content
+
+    return client
+
+
+def poisoned(name: str, value: float) -> Client:
+    return changed(lambda arrays: arrays[name].__setitem__((0,) * arrays[name].ndim, value))
+
+
+B = "model.query.lora_B.weight"
+FAILURES: dict[str, tuple[Client, str]] = {
+    "raises": (raising, "CUDA out of memory"),
+    "never replies": (lambda number, message: None, "no reply in time"),
+    "NaN": (poisoned(B, np.nan), "model.query.lora_B has NaN or infinite entries"),
+    "infinity": (poisoned(B, np.inf), "model.query.lora_B has NaN or infinite entries"),
+    "NaN in the head": (poisoned("head", np.nan), "head has NaN or infinite entries"),
+    "wrong shape": (changed(lambda a: a.update({B: a[B].T})), "model.query.lora_B has shape (2, 6) instead of (6, 2)"),
+    "missing layer": (
+        changed(lambda a: [a.pop(name) for name in list(a) if name.startswith("model.query")]),
+        "layer model.query is missing",
+    ),
+    "unknown layer": (changed(lambda a: a.update({"x.lora_B.weight": np.ones((2, 2))})), "layer x is unknown"),
+    "missing factors": (
+        changed(
+            lambda a: (
+                [a.pop(f"model.value.lora_{f}.weight") for f in "AB"] and a.update({"model.value.lora_C.weight": np.ones(1)})
+            )
+        ),
+        "model.value",
+    ),
+    "no head": (changed(lambda a: a.pop("head")), "head is missing"),
+    "wrong head": (changed(lambda a: a.update(head=np.ones(4))), "head has shape (4,) instead of (3,)"),
+    "unknown array": (changed(lambda a: a.update(tail=np.ones(4))), "tail is unknown"),
+    "nothing": (lambda number, message: RecordDict(), "the reply lacks its arrays or its num-examples"),
+    "no examples": (changed(lambda a: None, examples=0), "num-examples is 0"),
+    "negative examples": (changed(lambda a: None, examples=-3), "num-examples is -3"),
+    "NaN examples": (changed(lambda a: None, examples=float("nan")), "num-examples is nan"),
+    "infinite examples": (changed(lambda a: None, examples=float("inf")), "num-examples is inf"),
+    "half an example": (changed(lambda a: None, examples=0.5), "num-examples is 0.5"),
+    "a list of examples": (changed(lambda a: None, examples=[3, 4]), "num-examples is [3, 4]"),
+}
+
+
+def with_failures(trains: str, failing: dict[int, Client]) -> Client:
+    def client(number: int, message: Message) -> RecordDict | None:
+        if number in failing and message.metadata.message_type == "train":
+            return failing[number](number, message)
+        return honest(trains)(number, message)
+
+    return client
+
+
+@every_strategy
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_client_that_fails_is_dropped_and_named(name: str, failure: str) -> None:
+    """The round goes on without it, with the same bits as if it had not been there; the report says who and why."""
+    trains = strategies.strategy_class(name).trains
+    client, reason = FAILURES[failure]
+    strategy = make(name)
+    history = play(strategy, StubGrid(with_failures(trains, {2: client}), shuffle=5))
+    assert strategy.report is not None and list(strategy.report.drops) == [2]
+    assert reason in strategy.report.drops[2] and "\n" not in strategy.report.drops[2]
+
+    def without(number: int, message: Message) -> RecordDict | None:
+        return None if number == 2 and message.metadata.message_type == "train" else honest(trains)(number, message)
+
+    assert history == play(make(name), StubGrid(without))
+
+
+@every_strategy
+def test_a_factor_that_a_client_should_have_trained_is_not_silently_the_old_one(name: str) -> None:
+    trains = strategies.strategy_class(name).trains
+    for lacking in trains:
+        rest = "".join(f for f in "AB" if f != lacking)
+        strategy = make(name)
+        play(strategy, StubGrid(with_failures(trains, {1: lambda number, m, rest=rest: trained(number, m, rest)})), rounds=1)  # type: ignore[misc]
+        assert strategy.report is not None
+        assert strategy.report.drops == {1: f"model.query.lora_{lacking} is missing"}
+
+
+@pytest.mark.parametrize(
+    ("reason", "named"), [("Traceback\n  line\nValueError: 3\n", "ValueError: 3"), ("  ", "error"), ("", "error")]
+)
+def test_of_an_error_the_last_line_is_kept(reason: str, named: str) -> None:
+    class Failing(StubGrid):
+        def _call(self, message: Message) -> Message | None:
+            if message.metadata.message_type == "train" and self.nodes[message.metadata.dst_node_id] == 0:
+                message.metadata.__dict__["_message_id"] = "lost"
+                reply = Message(Error(code=5, reason=reason), reply_to=message)
+                reply.metadata.__dict__["_src_node_id"] = 1  # the SuperLink answers for a node that was killed
+                return reply
+            return super()._call(message)
+
+    strategy = make("fedavg")
+    play(strategy, Failing(honest("AB")), rounds=1)
+    assert strategy.report is not None and strategy.report.drops == {0: named}
+
+
+@every_strategy
+def test_the_server_keeps_the_precision_it_broadcast(name: str) -> None:
+    """Client 0 trains in float64: what it sends is rounded, and neither the state nor later messages grow."""
+
+    def client(number: int, message: Message) -> RecordDict | None:
+        content = honest(strategies.strategy_class(name).trains)(number, message)
+        if number == 0 and message.metadata.message_type == "train" and content is not None:
+            wide = {key: Array(array.numpy().astype(np.float64)) for key, array in content.array_records["arrays"].items()}
+            content["arrays"] = ArrayRecord(wide)
+        return content
+
+    strategy = make(name)
+    assert play(strategy, StubGrid(client)) == play(make(name), StubGrid(honest(strategy.trains)))
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_a_number_too_large_for_the_broadcast_is_not_let_in_as_infinity() -> None:
+    half = ArrayRecord({key: Array(array.numpy().astype(np.float16)) for key, array in initial().items()})
+    strategy = make("fedavg")
+    strategy.start(StubGrid(with_failures("AB", {4: poisoned(B, 1e6)})), half, 1)
+    assert strategy.report is not None and strategy.report.drops == {4: "model.query.lora_B has NaN or infinite entries"}
+
+
+def test_a_reply_to_another_round_is_not_taken_for_this_one() -> None:
+    class Late(StubGrid):
+        """Delivers every reply to a training message a second time, in the round after."""
+
+        held: tuple[Message, ...] = ()
+
+        def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+            replies = list(super().send_and_receive(messages, timeout=timeout))
+            late, self.held = self.held, tuple(r for r in replies if r.metadata.message_type == "train")
+            return [*replies, *late]
+
+    assert play(make("fedavg"), Late(honest("AB"))) == play(make("fedavg"), StubGrid(honest("AB")))
+
+
+def test_too_few_usable_updates_end_the_run_with_numbers() -> None:
+    failing: dict[int, Client] = {0: raising, 1: poisoned(B, np.nan), 3: lambda number, message: None}
+    grid = StubGrid(with_failures("AB", failing), shuffle=6)
+    with pytest.raises(RunError) as error:
+        make("fedavg", min_success=0.5).start(grid, initial(), 2)
+    text = str(error.value)
+    assert "round 1: 2 of 5 clients returned a usable update, min_success=0.5 asks for 3" in text
+    assert "CUDA out of memory" in text and "client 1: model.query.lora_B has NaN" in text and "\n" not in text
+    make("fedavg", min_success=0.4).start(grid, initial(), 1)  # 2 of 5 are enough for that
+
+
+@every_strategy
+@pytest.mark.parametrize("failure", ["raises", "never replies", "NaN"])
+def test_all_failing_ends_the_run(name: str, failure: str) -> None:
+    client = FAILURES[failure][0]
+    grid = StubGrid(with_failures("AB", dict.fromkeys(range(CLIENTS), client)))
+    with pytest.raises(RunError, match="round 1: 0 of 5 clients"):
+        make(name, min_success=1e-9).start(grid, initial(), 1)
+
+
+@pytest.mark.parametrize(("share", "failing"), [(0.55, 9), (0.7, 6), (0.28, 18)])
+def test_min_success_counts_as_written(share: float, failing: int) -> None:
+    """.55 of 20 is 11, though in floating point it is 11.000000000000002."""
+    clients = with_failures("AB", dict.fromkeys(range(failing), raising))
+    grid = StubGrid(clients, clients=20 if share != 0.28 else 25)
+    make("fedavg", min_success=share, min_available_nodes=20).start(grid, initial(), 1)
+    grid = StubGrid(with_failures("AB", dict.fromkeys(range(failing + 1), raising)), clients=len(grid.nodes))
+    with pytest.raises(RunError):
+        make("fedavg", min_success=share, min_available_nodes=20).start(grid, initial(), 1)
+
+
+def test_nodes_that_do_not_come_online_end_the_run_with_numbers() -> None:
+    with pytest.raises(RunError, match="5 of 6 nodes came online in 0 s"):
+        make("fedavg", min_available_nodes=6, patience=0.0).start(StubGrid(honest("AB")), initial(), 1)
+
+
+# ---- the roll call
+
+
+def silent(trains: str) -> Client:
+    """A ClientApp without a query function, such as somebody else's."""
+
+    def client(number: int, message: Message) -> RecordDict | None:
+        if message.metadata.message_type == "query":
+            raise ValueError("No query function registered with name 'default'")
+        return honest(trains)(number, message)
+
+    return client
+
+
+@every_strategy
+def test_clients_that_answer_no_query_are_numbered_by_node(name: str) -> None:
+    trains = strategies.strategy_class(name).trains
+    strategy = make(name, fraction_train=0.6)
+    assert play(strategy, StubGrid(silent(trains))) == play(make(name, fraction_train=0.6), StubGrid(honest(trains)))
+
+
+def test_a_silent_client_that_comes_online_later_takes_part() -> None:
+    strategy, grid = make("fedavg", min_available_nodes=3), StubGrid(silent("AB"), clients=3)
+    play(strategy, grid, rounds=1)
+    grid.join(3)
+    strategy.configure_train(2, initial(), ConfigRecord(), grid)
+    assert strategy.report is not None and strategy.report.cohort == [0, 1, 2, 3]
+
+
+def test_a_node_is_asked_once_and_a_new_one_when_it_comes() -> None:
+    strategy, grid = make("fedavg"), StubGrid(honest("AB"), shuffle=7)
+    play(strategy, grid, rounds=3)
+    assert sum(message.metadata.message_type == "query" for message in grid.seen) == CLIENTS
+    grid.join(CLIENTS)
+    strategy.configure_train(4, initial(), ConfigRecord(), grid)
+    assert sum(message.metadata.message_type == "query" for message in grid.seen) == CLIENTS + 1
+    assert strategy.report is not None and strategy.report.cohort == list(range(CLIENTS + 1))
+
+
+def test_an_answer_that_names_no_client_is_none() -> None:
+    """Somebody else's ClientApp may well have a query function, which knows nothing of ours."""
+
+    def client(number: int, message: Message) -> RecordDict | None:
+        if message.metadata.message_type == "query":
+            return RecordDict({"metrics": MetricRecord({"battery": 0.7})})
+        return honest("AB")(number, message)
+
+    assert play(make("fedavg"), StubGrid(client)) == play(make("fedavg"), StubGrid(honest("AB")))
+
+
+def test_where_some_answer_the_silent_ones_stay_out() -> None:
+    def client(number: int, message: Message) -> RecordDict | None:
+        return (silent if number == 1 else honest)("AB")(number, message)
+
+    strategy = make("fedavg")
+    play(strategy, StubGrid(client, shuffle=8))
+    assert strategy.report is not None and strategy.report.cohort == [0, 2, 3, 4]
+
+
+# ---- evaluation on the clients
+
+
+def test_clients_are_asked_for_their_own_accuracy() -> None:
+    """Accuracies 0, .1, … .4; client 0 holds nothing back, so it does not count: mean of .1 … .4."""
+    strategy = make("fedavg", fraction_evaluate=1.0, fraction_train=0.4)
+    result = strategy.start(StubGrid(honest("AB"), shuffle=9), initial(), 2)
+    spread = result.evaluate_metrics_clientapp[2]
+    accuracies = np.array([0.1, 0.2, 0.3, 0.4])
+    assert spread["client_accuracy_mean"] == pytest.approx(0.25)
+    assert spread["client_accuracy_std"] == pytest.approx(accuracies.std())
+    assert spread["client_accuracy_worst_decile"] == pytest.approx(0.13)
+    assert spread["clients_evaluated"] == 4
+    assert strategy.report is not None and strategy.report.metrics["client_accuracy_mean"] == pytest.approx(0.25)
+
+
+def test_a_client_that_fails_to_evaluate_does_not_count() -> None:
+    def client(number: int, message: Message) -> RecordDict | None:
+        if message.metadata.message_type == "evaluate":
+            if number == 1:
+                raise RuntimeError("no test set")
+            if number == 2:  # somebody else's client, which measures something else under another name
+                return RecordDict({"results": MetricRecord({messages.EXAMPLES: 7, "f1": 0.5})})
+        return honest("AB")(number, message)
+
+    result = make("fedavg", fraction_evaluate=1.0).start(StubGrid(client), initial(), 1)
+    assert result.evaluate_metrics_clientapp[1]["clients_evaluated"] == 2
+    assert result.evaluate_metrics_clientapp[1]["client_accuracy_mean"] == pytest.approx(0.35)
+
+
+def test_no_evaluation_unless_it_is_asked_for() -> None:
+    grid = StubGrid(honest("AB"))
+    result = make("fedavg").start(grid, initial(), 1)
+    assert {message.metadata.message_type for message in grid.seen} == {"query", "train"}
+    assert not result.evaluate_metrics_clientapp
+
+
+# ---- in anybody's ServerApp
+
+
+def test_fedsvd_in_a_serverapp_of_somebody_who_uses_peft() -> None:
+    """PEFT's state dict goes in, three rounds run, and PEFT loads what comes out: A orthonormal, other weights untouched."""
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8, num_labels=3
+    )
+    lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["query", "value"], modules_to_save=["classifier"])
+    model = peft.get_peft_model(transformers.BertForSequenceClassification(config), lora)
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    strategy = make("fedsvd", scale=2.0)
+    app = ServerApp()
+    results: list[ArrayRecord] = []
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        arrays = ArrayRecord(peft.get_peft_model_state_dict(model))
+        results.append(strategy.start(grid=grid, initial_arrays=arrays, num_rounds=3).arrays)
+
+    app(StubGrid(silent("B"), shuffle=10), Context(1, 1, {}, RecordDict(), {}))
+    loaded = peft.set_peft_model_state_dict(model, results[0].to_torch_state_dict())
+    assert not loaded.unexpected_keys
+    state = peft.get_peft_model_state_dict(model)
+    assert state.keys() == results[0].keys() and len(state) == 2 * 2 * 2 + 2
+    assert strategy.state is not None and len(strategy.state.adapters) == 4
+    for layer, pair in strategy.state.adapters.items():
+        A, factor_B = (state[f"{layer}.lora_{f}.weight"].numpy() for f in "AB")
+        assert np.array_equal(A, pair.A) and np.array_equal(factor_B, pair.B) and pair.B.any()
+        assert np.abs(A @ A.T - np.eye(4)).max() < 1e-6
+    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+    assert np.array_equal(
+        state["base_model.model.classifier.bias"].numpy(), strategy.state.dense["base_model.model.classifier.bias"]
+    )
+    logits = model(input_ids=torch.tensor([[1, 2, 3]])).logits
+    assert torch.isfinite(logits).all()
