@@ -28,7 +28,7 @@ import strategies
 from fedlora import lowrank, seeds
 from fedlora.lowrank import Adapters, Pair
 from fedlora.messages import ServerState, Update
-from strategies.base import layers, shares
+from strategies.updates import layers, shares
 
 
 def main() -> None:

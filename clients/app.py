@@ -7,11 +7,15 @@ clients of a process, and every array that a round changes is written before it 
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedlora import messages
+
+if TYPE_CHECKING:
+    from fedlora.workbench import Workbench
 
 app = ClientApp()
 
@@ -35,9 +39,10 @@ def train(message: Message, context: Context) -> Message:
     metrics = train_locally(
         bench.model, bench.train, indices, config.train, trains, (round, config.rounds), (config.seed, client, round)
     )
-    metrics |= {messages.CLIENT: client, messages.EXAMPLES: len(indices), "seconds": time.perf_counter() - started}
+    measured = MetricRecord({**metrics, "seconds": time.perf_counter() - started})
+    measured[messages.CLIENT], measured[messages.EXAMPLES] = client, len(indices)
     arrays = messages.pack(bench.model.adapters(), bench.model.dense(), trains)
-    return Message(RecordDict({messages.ARRAYS: arrays, messages.METRICS: MetricRecord(metrics)}), reply_to=message)
+    return Message(RecordDict({messages.ARRAYS: arrays, messages.METRICS: measured}), reply_to=message)
 
 
 @app.evaluate()
@@ -47,14 +52,14 @@ def evaluate(message: Message, context: Context) -> Message:
 
     _, client, bench = _open(message, context)
     _, held_out = bench.examples_of(client)
-    metrics = {messages.CLIENT: client, messages.EXAMPLES: len(held_out), "accuracy": 0.0, "loss": 0.0}
+    metrics = MetricRecord({messages.CLIENT: client, messages.EXAMPLES: len(held_out), "accuracy": 0.0, "loss": 0.0})
     if len(held_out):
         measured = evaluate_locally(bench.model, bench.train, held_out, bench.config.evaluate.batch_size)
-        metrics |= {"accuracy": measured["accuracy"], "loss": measured["loss"]}
-    return Message(RecordDict({messages.METRICS: MetricRecord(metrics)}), reply_to=message)
+        metrics["accuracy"], metrics["loss"] = measured["accuracy"], measured["loss"]
+    return Message(RecordDict({messages.METRICS: metrics}), reply_to=message)
 
 
-def _open(message: Message, context: Context):  # type: ignore[no-untyped-def]
+def _open(message: Message, context: Context) -> tuple[ConfigRecord, int, Workbench]:
     """The message's settings, this client's number, and the workbench with the broadcast written into its model."""
     from fedlora import workbench
 

@@ -85,6 +85,4 @@ def make_optimizer(parameters: list[nn.Parameter], settings: TrainConfig) -> tor
     """A fresh optimiser: a client keeps no momentum from one round to the next."""
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
-    return torch.optim.SGD(
-        parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
-    )
+    return torch.optim.SGD(parameters, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay)

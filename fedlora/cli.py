@@ -226,8 +226,8 @@ def help_text(configs: Path) -> str:
             continue
         lines.append(f"  {name} ({'none' if default is None else default}): {meaning}")
     for strategy in strategies.names():
-        for setting, parameter in strategies.settings(strategy).items():
-            lines.append(f"  strategy.{setting} ({parameter.default}): of {strategy}, see strategies/{strategy}.py")
+        for name, setting in strategies.settings(strategy).items():
+            lines.append(f"  strategy.{name} ({setting.default}): {strategy}: {setting.help}")
     return "\n".join(lines)
 
 

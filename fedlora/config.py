@@ -67,7 +67,7 @@ class AdapterConfig:
     rank: int = setting(8, "rank r of every adapter")
     alpha: float = setting(8.0, "LoRA's alpha; the scale of B A is alpha / rank")
     dropout: float = setting(0.0, "dropout on the adapter's input while training")
-    target_modules: list[str] = setting(["q_proj", "v_proj"], "names (endings) of the linear layers to adapt")
+    target_modules: list[str] = setting([], "names (endings) of the linear layers to adapt; empty: query and value")
     train_head: bool | None = setting(None, "train the classification head too; none: only if the checkpoint has none")
 
 
@@ -102,7 +102,7 @@ class EngineConfig:
 
     name: str = setting("ray", "ray (own grid over Ray actors), inline (this process) or flower (Flower's simulation)")
     workers: int | None = setting(None, "ray, flower: worker processes; none: one a core, or one a GPU")
-    gpus_per_worker: float | None = setting(None, "ray, flower: share of a GPU a worker holds; none: 1 if device is cuda, else 0")
+    gpus_per_worker: float | None = setting(None, "ray, flower: share of a GPU a worker holds; none: 1 on cuda, else 0")
     retries: int = setting(2, "ray: times a client is run again after its worker died")
 
 
@@ -181,7 +181,7 @@ def settings(config_class: type = Config, prefix: str = "") -> list[tuple[str, A
         if group:
             rows += settings(group, f"{item.name}.")
         else:
-            default = item.default if item.default is not dataclasses.MISSING else item.default_factory()  # type: ignore[misc]
+            default = item.default if item.default is not dataclasses.MISSING else item.default_factory()  # type: ignore[operator]
             rows.append((prefix + item.name, default, item.metadata["help"]))
     return rows
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.serverapp import Grid
 
 import strategies
 from fedlora import engines, messages, plan, report, terminal, workbench
@@ -38,7 +41,6 @@ def run(config: Config, started: float, app: str = engines.CLIENT_APP) -> dict[s
         state = initial_state(bench, strategy)
         terminal.announce(config, plan.derive(bench, strategy, state))
         recorder.begin()
-        job = ConfigRecord({messages.EXPERIMENT: config.to_json()})
 
         def after_round(round: int, arrays: ArrayRecord) -> MetricRecord | None:
             """Flower calls this before the first round and after each."""
@@ -51,15 +53,17 @@ def run(config: Config, started: float, app: str = engines.CLIENT_APP) -> dict[s
             shown.finished(row)
             return MetricRecord(dict(measured)) if measured else None
 
+        rounds = partial(
+            strategy.start,
+            initial_arrays=messages.pack(state.adapters, state.dense),
+            num_rounds=config.rounds,
+            timeout=config.round_timeout,
+            train_config=ConfigRecord({messages.EXPERIMENT: config.to_json()}),
+            evaluate_config=ConfigRecord({messages.EXPERIMENT: config.to_json()}),
+            evaluate_fn=after_round,
+        )
         with shown:
-            outcome = attempt(
-                lambda: engine.run(
-                    lambda grid: strategy.start(
-                        grid, messages.pack(state.adapters, state.dense), config.rounds, config.round_timeout,
-                        train_config=job, evaluate_config=ConfigRecord(dict(job)), evaluate_fn=after_round,
-                    )  # fmt: skip
-                )
-            )
+            outcome = attempt(engine, rounds)
     finally:
         engine.close()
     return conclude(bench, strategy.state or state, recorder, outcome)
@@ -83,7 +87,7 @@ def make_strategy(config: Config) -> LoRAStrategy:
 def initial_state(bench: Workbench, strategy: LoRAStrategy) -> ServerState:
     """What the server broadcasts in round 1: B = 0, A by the strategy's `init`, the head as it was loaded."""
     adapters = bench.model.initial(strategy.init, bench.config.seed)
-    return ServerState(adapters, bench.model.dense(), scale=bench.model.scale)
+    return ServerState(adapters, bench.model.initial_head, scale=bench.model.scale)
 
 
 def measure(bench: Workbench, arrays: ArrayRecord) -> dict[str, float]:
@@ -94,10 +98,10 @@ def measure(bench: Workbench, arrays: ArrayRecord) -> dict[str, float]:
     return measured | {"seconds_evaluate": time.perf_counter() - began}
 
 
-def attempt(rounds: Any) -> dict[str, str]:
-    """Run the rounds and say how that ended: finished, interrupted (Ctrl-C) or failed, with the reason."""
+def attempt(engine: engines.Engine, rounds: Callable[[Grid], object]) -> dict[str, str]:
+    """Run the rounds on the engine's grid and say how that ended: finished, interrupted or failed, with the reason."""
     try:
-        rounds()
+        engine.run(rounds)
     except KeyboardInterrupt:
         return {"status": "interrupted", "reason": "stopped by Ctrl-C"}
     except RunError as error:

@@ -73,7 +73,11 @@ def cost(bench: Workbench, strategy: LoRAStrategy, state: ServerState) -> Derive
         ("base model", size(weights), "once in each process"),
         ("adapters, gradients, optimiser", size(trained * (2 + moments)), f"{2 + moments} × what is trained, float32"),
         ("activations of a step", size(activations), "saved for the backward pass; measured on the largest client"),
-        ("this process now", size(psutil.Process().memory_info().rss), "resident memory with model and data; a worker is alike"),
+        (
+            "this process now",
+            size(psutil.Process().memory_info().rss),
+            "resident, with model and data; a worker is alike",
+        ),
     ]
 
 

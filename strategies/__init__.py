@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from typing import Any
+from typing import Any, NamedTuple, get_type_hints
 
 from fedlora import check
 from fedlora.check import ConfigError
@@ -46,11 +46,24 @@ def strategy_class(name: str) -> type[LoRAStrategy]:
     return _CLASSES[check.one_of(names(), strategy=name)]
 
 
-def settings(name: str) -> dict[str, inspect.Parameter]:
-    """The settings of a strategy that a user may choose: its own keywords, and `init`, which all share."""
+class Setting(NamedTuple):
+    """A setting of a strategy, as its signature declares it: `every: Annotated[int, "what it means"] = 1`."""
+
+    default: Any
+    type: type
+    help: str
+
+
+def settings(name: str) -> dict[str, Setting]:
+    """The settings of a strategy that a user may choose: `init`, which all share, and its own keywords."""
     init = vars(strategy_class(name)).get("__init__", object.__init__)
+    own = {key: p for key, p in inspect.signature(init).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    hints = get_type_hints(LoRAStrategy.__init__, include_extras=True) | get_type_hints(init, include_extras=True)
     shared = {"init": inspect.signature(LoRAStrategy).parameters["init"]}
-    return shared | {key: p for key, p in inspect.signature(init).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    return {
+        key: Setting(p.default, type(p.default), *getattr(hints[key], "__metadata__", ("",)))
+        for key, p in (shared | own).items()
+    }
 
 
 def make(name: str, **keywords: Any) -> LoRAStrategy:
@@ -73,9 +86,9 @@ def _keywords(function: Any) -> set[str]:
     return {key for key, p in inspect.signature(function).parameters.items() if p.kind is not p.VAR_KEYWORD}
 
 
-def _check_type(setting: str, value: Any, parameter: inspect.Parameter) -> None:
+def _check_type(name: str, value: Any, setting: Setting) -> None:
     """Values come from a command line, so an int may stand for a float, and nothing else for anything else."""
-    wanted = type(parameter.default)
+    wanted = setting.type
     fits = isinstance(value, int | float) if wanted is float else isinstance(value, wanted)
     if not fits or (isinstance(value, bool) and wanted is not bool):
-        raise ConfigError(f"{setting}={value} is of the wrong type; it takes {wanted.__name__} (default {parameter.default})")
+        raise ConfigError(f"{name}={value} is of the wrong type; it takes {wanted.__name__} (default {setting.default})")

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 
-from fedlora import check, lowrank, messages, seeds
+from fedlora import check, messages, seeds
 from fedlora.check import RunError
 from fedlora.messages import ServerState, Update
+from strategies.metrics import client_metrics, geometry
+from strategies.updates import average_dense, read_update
 
 
 @dataclass
@@ -60,7 +62,7 @@ class LoRAStrategy(FlowerFedAvg):
     def __init__(
         self,
         *,
-        init: str = "kaiming",
+        init: Annotated[str, "how A begins: kaiming, orthonormal or pissa"] = "kaiming",
         scale: float = 1.0,
         seed: int = 0,
         min_success: float = 0.5,
@@ -90,9 +92,7 @@ class LoRAStrategy(FlowerFedAvg):
 
     # ---- Flower's hooks
 
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """Messages for this round's cohort, drawn from (seed, round) alone and the same on every grid."""
         sent = messages.state_of(arrays, self.scale)
         self.state = replace(self.state, adapters=sent.adapters, dense=sent.dense) if self.state else sent
@@ -104,9 +104,7 @@ class LoRAStrategy(FlowerFedAvg):
         self.report.sent_at = time.perf_counter()
         return self._sent
 
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check the replies, average the dense arrays, merge, and measure. Raises RunError if too few are usable."""
         assert self.state is not None and self.report is not None, "configure_train comes first"
         report, before = self.report, self.state
@@ -122,12 +120,10 @@ class LoRAStrategy(FlowerFedAvg):
             )
         self.state = self.merge(replace(before, dense=average_dense(updates)), updates, server_round)
         report.seconds_merge = time.perf_counter() - received_at
-        report.metrics |= measure(before, self.state, updates) | client_metrics(updates)
+        report.metrics |= geometry(before, self.state, updates) | client_metrics(updates)
         return messages.pack(self.state.adapters, self.state.dense), MetricRecord(dict(report.metrics))
 
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
+    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """Messages that ask every client to test the merged model on what it holds back, if fraction_evaluate is set."""
         if self.fraction_evaluate == 0.0 or server_round % self.evaluate_every:
             return []
@@ -227,78 +223,3 @@ def draw_cohort(seed: int, round: int, clients: list[int], size: int) -> list[in
     """
     drawn = seeds.stream(seed, "participation", round=round).choice(len(clients), size, replace=False)
     return sorted(clients[i] for i in drawn)
-
-
-def read_update(client: int, content: RecordDict, state: ServerState, weight_key: str, trains: str) -> Update:
-    """One client's reply as an Update, in the dtype of the broadcast.
-
-    Raises ValueError for another shape, a missing or unknown array, NaN or infinity, or examples that cannot be counted.
-    """
-    arrays = next(iter(content.array_records.values()), None)
-    metrics = next(iter(content.metric_records.values()), None)
-    if arrays is None or metrics is None or weight_key not in metrics:
-        raise ValueError(f"the reply lacks its arrays or its {weight_key}")
-    factors, dense = messages.unpack(arrays)
-    adapters, dense = messages.complete(factors, state.adapters), messages.complete_dense(dense, state.dense)
-    for layer, sent in sorted(factors.items()):
-        if lacking := set(trains) - set(sent):
-            raise ValueError(f"{layer}.lora_{min(lacking)} is missing")
-    named = {f"{layer}.lora_{f}": a for layer, pair in adapters.items() for f, a in pair._asdict().items()}
-    for name, array in (named | dense).items():
-        if not np.isfinite(array).all():
-            raise ValueError(f"{name} has NaN or infinite entries")
-    examples = metrics[weight_key]
-    if isinstance(examples, list) or not (examples >= 1 and float(examples).is_integer()):
-        raise ValueError(f"{weight_key} is {examples}")
-    others = {k: float(v) for k, v in metrics.items() if k != weight_key and isinstance(v, int | float)}
-    return Update(client, int(examples), adapters, dense, others)
-
-
-def shares(updates: list[Update]) -> np.ndarray:
-    """p_k = n_k / Σ n_k, shape (K,)."""
-    examples = np.array([update.examples for update in updates], dtype=np.float64)
-    return examples / examples.sum()
-
-
-def layers(updates: list[Update]) -> Mapping[str, list[lowrank.Pair]]:
-    """Layer name → that layer's pairs, one a client, in the order of `updates`."""
-    return {name: [update.adapters[name] for update in updates] for name in updates[0].adapters}
-
-
-def average_dense(updates: list[Update]) -> dict[str, np.ndarray]:
-    """Σ p_k of every dense array (the head), by name."""
-    p = shares(updates)
-    return {name: lowrank.average([update.dense[name] for update in updates], p) for name in updates[0].dense}
-
-
-def client_metrics(updates: list[Update]) -> dict[str, float]:
-    """Averages, weighted by examples, of what every client measured of its own training, as `client_<name>`."""
-    p, first = shares(updates), updates[0].metrics
-    names = [name for name in first if name != messages.CLIENT and all(name in u.metrics for u in updates)]
-    return {f"client_{name}": float(p @ np.array([u.metrics[name] for u in updates])) for name in names}
-
-
-def measure(before: ServerState, after: ServerState, updates: list[Update]) -> dict[str, float]:
-    """The geometry of a merge, from factors only, norms over all layers together (docs/metrics.md has the formulas).
-
-    `aggregation_bias` = ‖ΔW − B̄Ā‖ / ‖ΔW‖ of plain averaging; `merge_error` = the same for what the strategy made of it;
-    `update_norm` = ‖scale · (B'A' − BA)‖ of the round, `update_effective_rank` its mean effective rank over layers.
-    """
-    p = shares(updates)
-    ideal, missed, error, moved, ranks = [], [], [], [], []
-    for name, pairs in layers(updates).items():
-        exact = lowrank.stack(pairs, p)
-        merged = after.adapters[name]
-        ideal.append(lowrank.norm(exact))
-        missed.append(lowrank.norm(lowrank.bias(pairs, p)))
-        error.append(lowrank.norm(lowrank.subtract(exact, merged)))
-        values = after.scale * lowrank.spectrum(lowrank.subtract(merged, before.adapters[name]))
-        moved.append(float(np.linalg.norm(values)))
-        ranks.append(lowrank.effective_rank(values))
-    whole = float(np.linalg.norm(ideal))
-    return {
-        "aggregation_bias": float(np.linalg.norm(missed)) / whole if whole else 0.0,
-        "merge_error": float(np.linalg.norm(error)) / whole if whole else 0.0,
-        "update_norm": float(np.linalg.norm(moved)),
-        "update_effective_rank": float(np.mean(ranks)),
-    }

@@ -11,7 +11,8 @@ from dataclasses import replace
 
 from fedlora import lowrank
 from fedlora.messages import ServerState, Update
-from strategies.base import LoRAStrategy, layers, shares
+from strategies.base import LoRAStrategy
+from strategies.updates import layers, shares
 
 
 class FedAvg(LoRAStrategy):

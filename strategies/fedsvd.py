@@ -9,12 +9,13 @@ and an r × r core, which is exact; B = 0 is never refactored, since it says not
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 from fedlora import check, lowrank
 from fedlora.lowrank import Pair
 from fedlora.messages import ServerState, Update
-from strategies.base import LoRAStrategy, layers, shares
+from strategies.base import LoRAStrategy
+from strategies.updates import layers, shares
 
 
 class FedSVD(LoRAStrategy):
@@ -24,7 +25,7 @@ class FedSVD(LoRAStrategy):
     paper = "FedSVD, 2505.12805"
     exact = True
 
-    def __init__(self, *, every: int = 1, **keywords: Any) -> None:
+    def __init__(self, *, every: Annotated[int, "refactor in every k-th round only"] = 1, **keywords: Any) -> None:
         super().__init__(**keywords)
         self.every = check.positive(**{"strategy.every": every})
 

@@ -9,7 +9,7 @@ The correction can only remove the part of ΔW − B̄Ā that lies in the row sp
 * `sgd`: the paper's S, 1 − cosine similarity, by gradient descent. Differences from the paper: ΔB starts at zero (from a
   random start it does not decay at λ = 0.01); the penalty, whose gradient jumps at zero, is applied as its exact shrinkage
   of ΔB; and lr is in units of ‖BĀ‖² / λ_max(ĀĀᵀ), the natural step of a function that ignores scale. With lr ≤ 1 no step
-  raises the objective, early or late in a run; where λ outweighs the gradient, as it does for a large B, ΔB = 0.
+  raises the objective (tested, not proved); where λ outweighs the gradient, as it does for a large B, ΔB = 0.
 
 Both use r-sized products only: ΔW Āᵀ = Σ p_k B_k (A_k Āᵀ).
 """
@@ -17,14 +17,15 @@ Both use r-sized products only: ΔW Āᵀ = Σ p_k B_k (A_k Āᵀ).
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from fedlora import check, lowrank
 from fedlora.lowrank import Pair
 from fedlora.messages import ServerState, Update
-from strategies.base import LoRAStrategy, layers, shares
+from strategies.base import LoRAStrategy
+from strategies.updates import layers, shares
 
 
 class LoRAFair(LoRAStrategy):
@@ -35,7 +36,13 @@ class LoRAFair(LoRAStrategy):
     exact = False
 
     def __init__(
-        self, *, solver: str = "ridge", lam: float = 0.01, steps: int = 100, lr: float = 1.0, **keywords: Any
+        self,
+        *,
+        solver: Annotated[str, "ridge (closed form) or sgd (the paper's cosine objective)"] = "ridge",
+        lam: Annotated[float, "λ, the weight of the penalty on the correction of B"] = 0.01,
+        steps: Annotated[int, "sgd: descent steps a round"] = 100,
+        lr: Annotated[float, "sgd: step, in units of ‖BĀ‖² / λ_max(ĀĀᵀ)"] = 1.0,
+        **keywords: Any,
     ) -> None:
         super().__init__(**keywords)
         self.solver = check.one_of(("ridge", "sgd"), **{"strategy.solver": solver})

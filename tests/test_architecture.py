@@ -18,7 +18,14 @@ ALLOWED = {
     "fedlora.messages": {"fedlora.lowrank"},
     "fedlora.config": {"fedlora.check", "fedlora.data"},
     "fedlora.data": {"fedlora.check", "fedlora.seeds", "fedlora.config"},
-    "fedlora.models": {"fedlora.check", "fedlora.seeds", "fedlora.lowrank", "fedlora.config", "fedlora.data", "fedlora.messages"},
+    "fedlora.models": {
+        "fedlora.check",
+        "fedlora.seeds",
+        "fedlora.lowrank",
+        "fedlora.config",
+        "fedlora.data",
+        "fedlora.messages",
+    },
     "fedlora.evaluate": {"fedlora.models"},
     "fedlora.engines": {"fedlora.check", "fedlora.config", "fedlora.workbench"},
     "fedlora.workbench": {"fedlora.check", "fedlora.config", "fedlora.data", "fedlora.models"},
@@ -26,10 +33,15 @@ ALLOWED = {
     "fedlora.privacy": {"fedlora.check", "fedlora.seeds", "fedlora.lowrank", "fedlora.messages"},
     "strategies": {"fedlora.check", "fedlora.seeds", "fedlora.lowrank", "fedlora.messages"},
     "clients": {
-        "fedlora.config", "fedlora.evaluate", "fedlora.messages", "fedlora.models", "fedlora.privacy", "fedlora.seeds",
+        "fedlora.config",
+        "fedlora.evaluate",
+        "fedlora.messages",
+        "fedlora.models",
+        "fedlora.privacy",
+        "fedlora.seeds",
         "fedlora.workbench",
     },
-}  # fmt: skip
+}
 
 
 def sources():
@@ -62,7 +74,9 @@ def within(name: str, part: str) -> bool:
 
 @pytest.mark.parametrize("part", sorted(ALLOWED))
 def test_imports_go_one_way(part: str) -> None:
-    files = [f for f in sources() if within(".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"), part)]
+    files = [
+        f for f in sources() if within(".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"), part)
+    ]
     assert files or part == "fedlora.privacy"
     for file in files:
         for name in imports(file):
@@ -70,17 +84,19 @@ def test_imports_go_one_way(part: str) -> None:
 
 
 def test_no_strategy_is_known_by_name_to_the_runtime() -> None:
-    names = {file.stem for file in (ROOT / "strategies").glob("*.py")} - {"base", "__init__"}
+    names = {file.stem for file in (ROOT / "strategies").glob("*.py")} - {"base", "metrics", "updates", "__init__"}
     assert names
     for file in (ROOT / "fedlora").rglob("*.py"):
-        strings = {n.value for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+        strings = {
+            n.value for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+        }
         default = {"fedsvd"} if file.name == "config.py" else set()
         assert strings & names <= default, f"{file} names {strings & names}"
 
 
 @pytest.mark.parametrize("file", sources(), ids=lambda file: str(file.relative_to(ROOT)))
 def test_files_stay_short(file: Path) -> None:
-    limit = 120 if file.parent.name == "strategies" and file.stem not in ("base", "__init__") else 300
+    limit = 120 if file.parent.name == "strategies" and file.stem not in ("base", "metrics", "updates", "__init__") else 300
     assert len(file.read_text().splitlines()) <= limit
 
 

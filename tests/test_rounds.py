@@ -362,6 +362,23 @@ def test_a_reply_to_another_round_is_not_taken_for_this_one() -> None:
     assert play(make("fedavg"), Late(honest("AB"))) == play(make("fedavg"), StubGrid(honest("AB")))
 
 
+@pytest.mark.parametrize("message_ids", [True, False])
+def test_a_reply_from_outside_the_cohort_is_not_taken(message_ids: bool) -> None:
+    class Unasked(StubGrid):
+        """Delivers what every client would have sent, asked or not."""
+
+        def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+            asked = list(messages)
+            replies = list(super().send_and_receive(asked, timeout=timeout))
+            others = self.nodes.keys() - {message.metadata.dst_node_id for message in asked}
+            extra = [Message(m.content, node, m.metadata.message_type) for m in asked[:1] for node in others]
+            return [*replies, *super().send_and_receive(extra)]
+
+    grids = Unasked(honest("AB"), message_ids=message_ids), StubGrid(honest("AB"))
+    got, expected = (play(make("fedavg", fraction_train=0.4), grid) for grid in grids)
+    assert got == expected
+
+
 def test_too_few_usable_updates_end_the_run_with_numbers() -> None:
     failing: dict[int, Client] = {0: raising, 1: poisoned(B, np.nan), 3: lambda number, message: None}
     grid = StubGrid(with_failures("AB", failing), shuffle=6)
@@ -379,7 +396,7 @@ def test_all_failing_ends_the_run(name: str, failure: str) -> None:
     client = FAILURES[failure][0]
     grid = StubGrid(with_failures("AB", dict.fromkeys(range(CLIENTS), client)))
     with pytest.raises(RunError, match="round 1: 0 of 5 clients"):
-        make(name, min_success=1e-9).start(grid, initial(), 1)
+        make(name, min_success=1e-12).start(grid, initial(), 1)
 
 
 @pytest.mark.parametrize(("share", "failing"), [(0.55, 9), (0.7, 6), (0.28, 18)])

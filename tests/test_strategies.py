@@ -19,7 +19,7 @@ from fedlora.check import ConfigError
 from fedlora.lowrank import Adapters, Pair
 from fedlora.messages import ServerState, Update
 from strategies import LoRAStrategy
-from strategies.base import measure
+from strategies.metrics import geometry
 
 LAYERS = {"query": (9, 7), "value": (5, 11), "head": (2, 8)}  # name → (m, n); the last has fewer rows than the rank
 RANK = 3
@@ -201,7 +201,7 @@ def test_merge_never_forms_a_matrix_of_full_size(name: str, settings: dict[str, 
         Update(k, 1, {"layer": pair if "A" in strategy.trains else Pair(pairs[0].A, pair.B)}) for k, pair in enumerate(pairs)
     ]
     tracemalloc.start()
-    measure(state, strategy.merge(state, updates, 2), updates)
+    geometry(state, strategy.merge(state, updates, 2), updates)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 16e6
@@ -493,7 +493,7 @@ def test_metrics_by_hand() -> None:
 
     state = ServerState(one(1.0, 1.0), scale=2.0)
     updates = [Update(0, 1, one(1.0, 2.0)), Update(1, 3, one(3.0, 6.0))]
-    metrics = measure(state, strategies.make("fedavg").merge(state, updates, 1), updates)
+    metrics = geometry(state, strategies.make("fedavg").merge(state, updates, 1), updates)
     assert metrics["aggregation_bias"] == pytest.approx(1.5 / 14)
     assert metrics["merge_error"] == pytest.approx(1.5 / 14)
     assert metrics["update_norm"] == pytest.approx(2 * (12.5 - 1))
@@ -506,7 +506,7 @@ def test_metrics_are_the_dense_ones(name: str, settings: dict[str, Any]) -> None
     state, updates = a_round(strategy.trains)
     state.scale = 0.5
     after = strategy.merge(state, updates, 2)
-    metrics = measure(state, after, updates)
+    metrics = geometry(state, after, updates)
     whole = np.sqrt(sum(np.sum(ideal(updates, layer) ** 2) for layer in LAYERS))
     plain = np.sqrt(
         sum(np.sum((ideal(updates, x) - factor_mean(updates, x, "B") @ factor_mean(updates, x, "A")) ** 2) for x in LAYERS)

@@ -26,7 +26,7 @@ OnReply = Callable[[int], None]  # called with the number of replies of the runn
 class Engine(Protocol):
     """What an engine must offer."""
 
-    def run(self, drive: Callable[[Grid], None]) -> None:
+    def run(self, drive: Callable[[Grid], object]) -> None:
         """Call `drive` with a grid on which every client of the federation is a node."""
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedlora.config import Config
-from fedlora.engines import OnReply, load_app, resources
+from fedlora.engines import OnReply, load_app, ray, resources
 
 
 class FlowerEngine:
@@ -21,7 +21,7 @@ class FlowerEngine:
         self.config, self.app = config, app
         self.stopped = threading.Event()
 
-    def run(self, drive: Callable[[Grid], None]) -> None:
+    def run(self, drive: Callable[[Grid], object]) -> None:
         """Start Flower's runtime, drive it, and pass on an exception of either side, Ctrl-C included."""
         from flwr.simulation import run_simulation
 
@@ -32,6 +32,7 @@ class FlowerEngine:
             drive(self._stoppable(grid))
 
         workers, gpus = resources(self.config)
+        ray.shutdown()  # a pool from an earlier cell of a sweep would keep Flower's actors from ever starting
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             try:
@@ -46,6 +47,7 @@ class FlowerEngine:
                 )
             finally:
                 self.stopped.set()
+                ray.shutdown()
 
     def close(self) -> None:
         """Flower ends its own workers."""

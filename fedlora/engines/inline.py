@@ -35,7 +35,7 @@ class InlineEngine:
     def __init__(self, grid: InlineGrid) -> None:
         self.grid = grid
 
-    def run(self, drive: Callable[[Grid], None]) -> None:
+    def run(self, drive: Callable[[Grid], object]) -> None:
         """Call `drive` here and now."""
         drive(self.grid)
 

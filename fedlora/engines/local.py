@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -75,11 +76,20 @@ class LocalGrid(Grid):
             yield reply
 
 
+def carrying(message: Message, content: RecordDict) -> Message:
+    """The same message with other content; the original is left as it is."""
+    other = copy.copy(message)
+    other.content = content
+    return other
+
+
 def call(app: Any, message: Message, clients: int) -> Message:
     """The reply of the ClientApp, run as Flower runs it; an exception in it becomes an error reply with its sentence."""
     node = message.metadata.dst_node_id
     place = UserConfig({"partition-id": node - 1, "num-partitions": clients})
-    context = Context(run_id=message.metadata.run_id, node_id=node, node_config=place, state=RecordDict(), run_config=UserConfig())
+    context = Context(
+        run_id=message.metadata.run_id, node_id=node, node_config=place, state=RecordDict(), run_config=UserConfig()
+    )
     try:
         reply: Message = app(message, context)
     except Exception as error:

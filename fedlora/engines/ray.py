@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
-from flwr.app import Error, Message
+from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedlora.config import Config
 from fedlora.engines import OnReply, load_app, resources
-from fedlora.engines.local import WORKER_LOST, LocalGrid, call
+from fedlora.engines.local import WORKER_LOST, LocalGrid, call, carrying
 
 
 class Worker:
@@ -46,7 +46,7 @@ class Worker:
 
         if self.key != content[0]:
             self.key, self.content = content[0], ray.get(content[0])
-        return call(self.app, Message(self.content, metadata=message.metadata), clients)
+        return call(self.app, carrying(message, self.content), clients)
 
 
 class Pool:
@@ -88,6 +88,17 @@ def pool(app: str, workers: int, gpus: float) -> Pool:
     return _pool
 
 
+def shutdown() -> None:
+    """End the workers of this process and its Ray, for an engine that wants the cores and starts a Ray of its own."""
+    global _pool
+    import ray
+
+    if _pool is not None:
+        _pool.stop()
+        _pool = None
+    ray.shutdown()
+
+
 class RayGrid(LocalGrid):
     """Executes messages on the workers of a pool."""
 
@@ -110,7 +121,7 @@ class RayGrid(LocalGrid):
             while waiting or running:
                 while waiting and self.pool.idle:
                     worker, (message, retries) = self.pool.idle.popleft(), waiting.popleft()
-                    envelope = Message(metadata=message.metadata, content=type(message.content)())
+                    envelope = carrying(message, RecordDict())
                     task = worker.play.remote(envelope, [references[id(message.content)]], self.clients)
                     running[task] = (worker, message, retries)
                 left = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -156,7 +167,7 @@ class RayEngine:
         # Ray's processes ask the kernel to be killed when the *thread* that started them ends, so this one stays.
         threading.Event().wait()
 
-    def run(self, drive: Callable[[Grid], None]) -> None:
+    def run(self, drive: Callable[[Grid], object]) -> None:
         """Call `drive` with the grid as soon as Ray is up; the workers may still be warming."""
         self.grid = RayGrid(self.config.clients, self.starting.result(), self.config.engine.retries, self.on_reply)
         drive(self.grid)
@@ -166,9 +177,11 @@ class RayEngine:
 
 
 def start_ray(workers: int) -> None:
-    """A Ray of this process's own, unless one is up; room for as many one-core workers as are asked for."""
+    """A Ray of this process's own with room for so many one-core workers; one that is up and too small is ended first."""
     import ray
 
+    if ray.is_initialized() and ray.cluster_resources().get("CPU", 0) < workers:
+        shutdown()
     if not ray.is_initialized():
         cores = max(workers, os.cpu_count() or 1)
         ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level="ERROR")

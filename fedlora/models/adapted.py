@@ -1,7 +1,7 @@
 """The base model with low-rank adapters in it, by PEFT: one resident model a process, adapters swapped in place.
 
-    x ──┬── W0 (frozen) ───────────────┬─→ y          A  (r, n)   B  (m, r)
-        └── A ── B ── · alpha / rank ──┘
+x ──┬── W0 (frozen) ───────────────┬─→ y          A  (r, n)   B  (m, r)
+    └── A ── B ── · alpha / rank ──┘
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class AdaptedModel:
         self._B = {layer: names[f"{layer}.lora_B.weight"] for layer in self._A}
         heads = {n: p for n, p in sorted(names.items()) if ".lora_" not in n and p.requires_grad}
         self._head = heads if self.trains_head else {}
+        self.initial_head = self.dense()  # kept, since the resident model outlives a run that trains its head
         for parameter in self.peft.parameters():
             parameter.requires_grad_(False)
 
@@ -106,7 +107,9 @@ class AdaptedModel:
         rank, n = self._A[layer].shape
         m = self._B[layer].shape[0]
         if init != "kaiming" and rank > min(m, n):
-            raise ConfigError(f"adapter.rank={rank} is above {min(m, n)}, the size of {layer}; lower it for strategy.init={init}")
+            raise ConfigError(
+                f"adapter.rank={rank} is above {min(m, n)}, the size of {layer}; lower it for strategy.init={init}"
+            )
         if init == "kaiming":
             return rng.uniform(-1, 1, (rank, n)).astype(np.float32) / np.float32(np.sqrt(n))
         if init == "orthonormal":
@@ -138,7 +141,9 @@ def target_modules(model: nn.Module, wanted: list[str]) -> list[str]:
         for names in _QUERY_VALUE:
             if endings.issuperset(names):
                 return list(names)
-        raise ConfigError(f"adapter.target_modules must be named for this model; its linear layers are {', '.join(sorted(endings))}")
+        raise ConfigError(
+            f"adapter.target_modules must be named for this model; its linear layers are {', '.join(sorted(endings))}"
+        )
     for ending in wanted:
         if not any(name == ending or name.endswith(f".{ending}") for name in linear):
             raise ConfigError(

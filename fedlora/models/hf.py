@@ -86,16 +86,17 @@ def _image_encoder(path: str, model: nn.Module) -> Any:
 def encode_images(processor: Any, model_config: Any, examples: Examples) -> Encoded:
     """Pixels resized and normalised by the checkpoint's own processor; grey images are repeated over the channels."""
     channels = getattr(model_config, "num_channels", 3)
-    images = [image if image.shape[2] == channels else _to_channels(image, channels) for image in examples.inputs]
+    images = [_to_channels(np.asarray(image), channels) for image in examples.inputs]
     pixels = processor(images, do_rescale=False, input_data_format="channels_last", return_tensors="np")["pixel_values"]
     return Images(torch.from_numpy(examples.labels), torch.from_numpy(np.asarray(pixels, dtype=np.float32)))
 
 
-def _to_channels(image: Any, channels: int) -> np.ndarray:
+def _to_channels(image: np.ndarray, channels: int) -> np.ndarray:
     """(H, W, C) as (H, W, channels): grey repeated, colour averaged where one channel is asked for, alpha dropped."""
-    colour = image[..., :3] if image.shape[2] in (2, 4) else image
-    grey = colour.mean(axis=2, keepdims=True)
-    return colour if colour.shape[2] == channels else np.repeat(grey, channels, axis=2)
+    colour = image[..., :3] if image.shape[2] == 4 else image
+    if colour.shape[2] == channels:
+        return colour
+    return np.repeat(colour.mean(axis=2, keepdims=True), channels, axis=2)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,42 @@
+"""What a round measures of its updates and its merge, from factors only. docs/metrics.md has the formulas."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedlora import lowrank, messages
+from fedlora.messages import ServerState, Update
+from strategies.updates import layers, shares
+
+
+def client_metrics(updates: list[Update]) -> dict[str, float]:
+    """Averages, weighted by examples, of what every client measured of its own training, as `client_<name>`."""
+    p, first = shares(updates), updates[0].metrics
+    names = [name for name in first if name != messages.CLIENT and all(name in u.metrics for u in updates)]
+    return {f"client_{name}": float(p @ np.array([u.metrics[name] for u in updates])) for name in names}
+
+
+def geometry(before: ServerState, after: ServerState, updates: list[Update]) -> dict[str, float]:
+    """How far a merge is from the ideal and from the round before, norms over all layers together.
+
+    `aggregation_bias` = ‖ΔW − B̄Ā‖ / ‖ΔW‖ of plain averaging; `merge_error` = the same for what the strategy made of it;
+    `update_norm` = ‖scale · (B'A' − BA)‖ of the round, `update_effective_rank` its mean effective rank over layers.
+    """
+    p = shares(updates)
+    ideal, missed, error, moved, ranks = [], [], [], [], []
+    for name, pairs in layers(updates).items():
+        exact = lowrank.stack(pairs, p)
+        merged = after.adapters[name]
+        ideal.append(lowrank.norm(exact))
+        missed.append(lowrank.norm(lowrank.bias(pairs, p)))
+        error.append(lowrank.norm(lowrank.subtract(exact, merged)))
+        values = after.scale * lowrank.spectrum(lowrank.subtract(merged, before.adapters[name]))
+        moved.append(float(np.linalg.norm(values)))
+        ranks.append(lowrank.effective_rank(values))
+    whole = float(np.linalg.norm(ideal))
+    return {
+        "aggregation_bias": float(np.linalg.norm(missed)) / whole if whole else 0.0,
+        "merge_error": float(np.linalg.norm(error)) / whole if whole else 0.0,
+        "update_norm": float(np.linalg.norm(moved)),
+        "update_effective_rank": float(np.mean(ranks)),
+    }

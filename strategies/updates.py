@@ -1,0 +1,54 @@
+"""What clients sent: read and checked one by one, weighted, averaged where it is not an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from flwr.app import RecordDict
+
+from fedlora import lowrank, messages
+from fedlora.lowrank import Pair
+from fedlora.messages import ServerState, Update
+
+
+def read_update(client: int, content: RecordDict, state: ServerState, weight_key: str, trains: str) -> Update:
+    """One client's reply as an Update, in the dtype of the broadcast.
+
+    Raises ValueError for another shape, a missing or unknown array, NaN or infinity, or examples that cannot be counted.
+    """
+    arrays = next(iter(content.array_records.values()), None)
+    metrics = next(iter(content.metric_records.values()), None)
+    if arrays is None or metrics is None or weight_key not in metrics:
+        raise ValueError(f"the reply lacks its arrays or its {weight_key}")
+    factors, dense = messages.unpack(arrays)
+    adapters, dense = messages.complete(factors, state.adapters), messages.complete_dense(dense, state.dense)
+    for layer, sent in sorted(factors.items()):
+        if lacking := set(trains) - set(sent):
+            raise ValueError(f"{layer}.lora_{min(lacking)} is missing")
+    named = {f"{layer}.lora_{f}": a for layer, pair in adapters.items() for f, a in pair._asdict().items()}
+    for name, array in (named | dense).items():
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} has NaN or infinite entries")
+    examples = metrics[weight_key]
+    if isinstance(examples, list) or not (examples >= 1 and float(examples).is_integer()):
+        raise ValueError(f"{weight_key} is {examples}")
+    others = {k: float(v) for k, v in metrics.items() if k != weight_key and isinstance(v, int | float)}
+    return Update(client, int(examples), adapters, dense, others)
+
+
+def average_dense(updates: list[Update]) -> dict[str, np.ndarray]:
+    """Σ p_k of every dense array (the head), by name."""
+    p = shares(updates)
+    return {name: lowrank.average([update.dense[name] for update in updates], p) for name in updates[0].dense}
+
+
+def shares(updates: list[Update]) -> np.ndarray:
+    """p_k = n_k / Σ n_k, shape (K,)."""
+    examples = np.array([update.examples for update in updates], dtype=np.float64)
+    return examples / examples.sum()
+
+
+def layers(updates: list[Update]) -> Mapping[str, list[Pair]]:
+    """Layer name → that layer's pairs, one a client, in the order of `updates`."""
+    return {name: [update.adapters[name] for update in updates] for name in updates[0].adapters}
