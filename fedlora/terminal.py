@@ -13,6 +13,8 @@ from fedlora.config import Config
 from strategies.base import RoundReport
 
 console = Console(highlight=False, soft_wrap=True)
+if not console.is_terminal:
+    console.width = 200  # a pipe has no width, and a table cut at 80 columns is of no use in a file
 
 
 def size(count: float) -> str:

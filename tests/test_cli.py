@@ -120,7 +120,7 @@ def test_a_run_a_second_time_and_other_settings_under_its_name(tmp_path) -> None
 
 
 def test_a_sweep_goes_on_past_a_failed_cell_and_skips_the_finished_ones(tmp_path) -> None:
-    arguments = ["-m", *FAST, "strategy=fedavg,fedsvd", "train.lr=0.1,1e30", f"results={tmp_path}"]
+    arguments = ["-m", *FAST, "train.steps=3", "strategy=fedavg,fedsvd", "train.lr=0.1,1e30", f"results={tmp_path}"]
     first = run_py(*arguments)
     assert first.returncode == 1
     statuses = {folder.name: json.loads((folder / "summary.json").read_text())["status"] for folder in tmp_path.iterdir()}
@@ -131,7 +131,7 @@ def test_a_sweep_goes_on_past_a_failed_cell_and_skips_the_finished_ones(tmp_path
 
 
 def test_all_clients_failing_is_an_error_and_not_a_success(tmp_path) -> None:
-    done = run_py(*FAST, "train.lr=1e30", f"results={tmp_path}", "name=nan")
+    done = run_py(*FAST, "train.steps=3", "train.lr=1e30", f"results={tmp_path}", "name=nan")
     assert done.returncode == 1
     assert done.stderr.startswith("error: round 1: 0 of 4 clients returned a usable update") and "NaN" in done.stderr
     assert json.loads((tmp_path / "nan" / "summary.json").read_text())["status"] == "failed"
@@ -152,7 +152,7 @@ def test_all_clients_failing_is_an_error_and_not_a_success(tmp_path) -> None:
             ["model.path=hollow"],
         ),
         (["model=hf", "model.path=nowhere/model"], ["model.path=nowhere/model", "neither a local folder"]),
-        (["dataset=files", "dataset.path=good.csv", "dataset.text=text", "clients=2"], ["model=vit_digits", "dataset=digits"]),
+        (["dataset=files", "dataset.path=good.csv", "dataset.text=text"], ["model=vit_digits", "dataset=digits"]),
         (["results=a_file/below"], ["results=a_file/below", "choose another folder"]),
     ],
 )
@@ -163,7 +163,7 @@ def test_what_only_the_data_or_the_model_shows_is_refused_in_one_sentence(tmp_pa
     (tmp_path / "a_file").touch()
     (tmp_path / "hollow").mkdir()
     (tmp_path / "hollow" / "config.json").write_text('{"model_type": "bert"}')
-    done = run_py("engine=inline", "device=cpu", *arguments, cwd=tmp_path)
+    done = run_py("engine=inline", "device=cpu", "clients=2", *arguments, cwd=tmp_path)
     assert done.returncode == 2, done.stderr + done.stdout
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     assert all(word in done.stderr for word in words), done.stderr
