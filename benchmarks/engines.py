@@ -26,7 +26,14 @@ ENGINES = ("ray", "flower")
 
 def measure(engine: str, folder: Path, overrides: list[str]) -> dict[str, float]:
     """Seconds of the three spans of one run, and its accuracy and loss."""
-    command = [sys.executable, str(ROOT / "run.py"), f"engine={engine}", f"results={folder}", f"name={engine}", "overwrite=true"]
+    command = [
+        sys.executable,
+        str(ROOT / "run.py"),
+        f"engine={engine}",
+        f"results={folder}",
+        f"name={engine}",
+        "overwrite=true",
+    ]
     subprocess.run([*command, *overrides], check=True, capture_output=True, cwd=ROOT)
     summary = json.loads((folder / engine / "summary.json").read_text())
     rows = [json.loads(line) for line in (folder / engine / "rounds.jsonl").read_text().splitlines()]
@@ -51,7 +58,9 @@ def main() -> int:
             for engine in ENGINES:
                 runs[engine].append(measure(engine, Path(folder), arguments.overrides))
     ends = {(run["accuracy"], run["loss"]) for engine in ENGINES for run in runs[engine]}
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {arguments.repeats} repetitions, {' '.join(arguments.overrides) or 'main job'}")
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores, {arguments.repeats} repetitions, {' '.join(arguments.overrides) or 'main job'}"
+    )
     print(f"{'':22}{'ray':>10}{'flower':>10}   ratio (range)")
     for span in ("start to first round", "training rounds", "whole run"):
         ray, flower = ([run[span] for run in runs[engine]] for engine in ENGINES)

@@ -39,9 +39,13 @@ def main(configs: Path, argv: Sequence[str] | None = None) -> int:
         if arguments.help:
             print(help_text(configs))
             return 0
+        from fedlora import sweep
+
         cells = [compose(configs, cell) for cell in expand(arguments.overrides, arguments.multirun)]
         if arguments.list:
             return _list(cells[0])
+        if len(cells) > 1:
+            cells = sweep.place(cells, arguments.overrides)
         return _plan(cells) if cells[0].plan else _run(cells)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -138,41 +142,36 @@ def _run(cells: list[Config]) -> int:
     _quiet()
     for cell in cells:
         records.Recorder(cell)  # refuses names that hold other runs, for all cells before the first
-    rows, failed = [], 0
-    for number, cell in enumerate(cells):
-        started = time.perf_counter() if number else fedlora.STARTED
-        name = cell.name or records.run_name(cell)
+    done: list[tuple[Config, dict[str, Any]]] = []
+    for number, cell in enumerate(cells, 1):
         if len(cells) > 1:
-            terminal.say(f"cell {number + 1} of {len(cells)}: {name}")
+            terminal.say(f"cell {number} of {len(cells)}: {cell.name or records.run_name(cell)}")
         try:
-            summary = experiment.run(cell, started)
+            summary = experiment.run(cell, fedlora.STARTED if number == 1 else time.perf_counter())
         except (ConfigError, RunError) as error:
             if len(cells) == 1:
                 raise
-            print(f"error in {name}: {error}", file=sys.stderr)
-            rows.append([name, "failed", "", "", ""])
-            failed += 1
-            continue
-        folder = Path(cell.results) / name
-        rows.append(_outcome(name, summary))
+            print(f"error: {error}", file=sys.stderr)
+            summary = {"status": "failed"}
+        done.append((cell, summary))
+        if summary["status"] != "failed":
+            terminal.conclude(cell, summary)
         if summary["status"] == "interrupted":
-            terminal.say(f"{summary['reason']} after round {summary['rounds']} of {cell.rounds}; what there is is in {folder}")
             return 130
-        terminal.say(
-            f"accuracy {summary['accuracy_before']:.4f} before, {summary['accuracy']:.4f} after {summary['rounds']} rounds; "
-            f"up {terminal.size(summary['bytes_up'])}, down {terminal.size(summary['bytes_down'])}, "
-            f"{summary['seconds']:.1f} s ({summary['seconds_to_first_round']:.1f} s to the first round); {folder}"
-        )
     if len(cells) > 1:
-        terminal.table("", ["run", "status", "accuracy", "bytes up", "seconds"], rows)
-    return 1 if failed else 0
+        _tabulate(done)
+    return 1 if any(summary["status"] == "failed" for _, summary in done) else 0
 
 
-def _outcome(name: str, summary: dict[str, Any]) -> list[str]:
-    from fedlora.terminal import size
+def _tabulate(done: list[tuple[Config, dict[str, Any]]]) -> None:
+    """Mean and 95 % interval over seeds of every other setting, on the terminal and as CSV beside the cells."""
+    from fedlora import sweep, terminal
 
-    accuracy = f"{summary['accuracy']:.4f}" if summary["accuracy"] is not None else ""
-    return [name, summary["status"], accuracy, size(summary["bytes_up"]), f"{summary['seconds'] or 0:.1f}"]
+    rows = sweep.over_seeds(done)
+    terminal.sweep_table(rows)
+    path = Path(done[0][0].results) / "table.csv"
+    sweep.write_table(path, rows)
+    terminal.say(f"written to {path}")
 
 
 def _plan(cells: list[Config]) -> int:

@@ -63,9 +63,14 @@ def run_name(config: Config) -> str:
         if not key.startswith(_NOT_IDENTITY):
             text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
             parts.append(f"{key.removesuffix('.name')}={text}")
-    name = re.sub(r"[^\w.,=+-]+", "_", ",".join(parts))
-    if len(name) > 120:  # file systems end at 255 bytes, and people earlier
-        name = f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return folder_name(",".join(parts))
+
+
+def folder_name(text: str) -> str:
+    """The text as the name of a folder: no separators, at most 110 characters, different for different texts."""
+    name = re.sub(r"[^\w.,=+-]+", "_", text)
+    if len(name) > 110:  # file systems end at 255 bytes, and people earlier
+        name = f"{name[:100]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     return name
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -85,6 +87,44 @@ class Rounds:
             )
         for client, reason in row.get("drops", {}).items():
             say(f"  client {client} dropped in round {row['round']}: {reason}")
+
+
+def conclude(config: Config, summary: dict[str, Any]) -> None:
+    """The outcome of a run that finished, or was stopped, and where it is."""
+    folder = Path(config.results) / (config.name or records.run_name(config))
+    if summary["status"] == "interrupted":
+        say(f"{summary['reason']} after round {summary['rounds']} of {config.rounds}; what there is is in {folder}")
+        return
+    say(
+        f"accuracy {summary['accuracy_before']:.4f} before, {summary['accuracy']:.4f} after {summary['rounds']} rounds; "
+        f"up {size(summary['bytes_up'])}, down {size(summary['bytes_down'])}, "
+        f"{summary['seconds']:.1f} s ({summary['seconds_to_first_round']:.1f} s to the first round); {folder}"
+    )
+
+
+def sweep_table(rows: list[dict[str, Any]]) -> None:
+    """The rows of `sweep.over_seeds`, with mean ± half-width of the 95 % interval."""
+
+    def cell(row: dict[str, Any], column: str, show: Callable[[float], str]) -> str:
+        if column not in row:
+            return ""
+        width = row[f"{column}_ci95"]
+        return show(row[column]) + (f" ± {show(width)}" if width is not None else "")
+
+    table(
+        "mean ± 95 % interval over seeds",
+        ["run", "seeds", "failed", "accuracy", "loss", "bytes up", "seconds"],
+        [
+            [
+                *(str(row[key]) for key in ("run", "seeds", "failed")),
+                cell(row, "accuracy", "{:.4f}".format),
+                cell(row, "loss", "{:.4f}".format),
+                cell(row, "bytes_up", size),
+                cell(row, "seconds", "{:.1f}".format),
+            ]
+            for row in rows
+        ],
+    )
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:

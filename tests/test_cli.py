@@ -123,9 +123,12 @@ def test_a_sweep_goes_on_past_a_failed_cell_and_skips_the_finished_ones(tmp_path
     arguments = ["-m", *FAST, "train.steps=3", "strategy=fedavg,fedsvd", "train.lr=0.1,1e30", f"results={tmp_path}"]
     first = run_py(*arguments)
     assert first.returncode == 1
-    statuses = {folder.name: json.loads((folder / "summary.json").read_text())["status"] for folder in tmp_path.iterdir()}
+    folder = tmp_path / "strategy=fedavg,fedsvd_train.lr=0.1,1e30"
+    statuses = {file.parent.name: json.loads(file.read_text())["status"] for file in folder.glob("*/summary.json")}
     assert sorted(statuses.values()) == ["failed", "failed", "finished", "finished"]
     assert all(("1e+30" in name) == (status == "failed") for name, status in statuses.items())
+    table = (folder / "table.csv").read_text().splitlines()
+    assert len(table) == 5 and sum(",0,1," in line for line in table) == 2  # no finished seed, one failed
     again = run_py(*arguments)
     assert again.returncode == 1 and again.stdout.count("is finished, with these settings") == 2
 

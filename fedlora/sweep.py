@@ -1,0 +1,70 @@
+"""Several experiments that belong together: where their results go, and what they say over seeds."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fedlora import records
+from fedlora.config import Config
+
+Cell = tuple[Config, dict[str, Any]]  # settings, and the summary of the run
+COLUMNS = ("accuracy", "loss", "bytes_up", "bytes_down", "seconds")
+
+
+def place(cells: list[Config], overrides: list[str]) -> list[Config]:
+    """The cells with one folder in common: results/<name of the sweep>/<what tells the cell from the defaults>.
+
+    Without `name=…` the sweep is named after its values, so that the same command finds its finished cells again.
+    """
+    names = {cell.name for cell in cells}
+    if len(names) > 1:
+        return cells  # the user names every cell
+    swept = [text for text in overrides if "," in text and not text.startswith("results=")]
+    name = names.pop() or records.folder_name(";".join(swept) or "sweep")
+    return [replace(cell, name=None, results=str(Path(cell.results) / name)) for cell in cells]
+
+
+def over_seeds(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """A row for each setting of everything but the seed: mean and half-width of the 95 % interval over its seeds.
+
+    The interval is Student's, mean ± t(0.975, n − 1) · s / √n; with one seed it is not known and left empty. Runs that did
+    not finish count in `failed` and in nothing else.
+    """
+    groups: dict[str, list[Cell]] = {}
+    for config, summary in cells:
+        groups.setdefault(records.run_name(replace(config, seed=0)), []).append((config, summary))
+    rows = []
+    for name, group in groups.items():
+        finished = [summary for _, summary in group if summary["status"] == "finished"]
+        row: dict[str, Any] = {"run": name, "seeds": len(finished), "failed": len(group) - len(finished)}
+        for column in COLUMNS if finished else ():
+            row[column], row[f"{column}_ci95"] = interval([float(summary[column]) for summary in finished])
+        rows.append(row)
+    return rows
+
+
+def interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and half-width of the 95 % interval of the mean; None for the width of a single value."""
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return mean, None
+    from scipy.stats import t
+
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, float(t.ppf(0.975, len(values) - 1)) * math.sqrt(variance / len(values))
+
+
+def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    """The rows as CSV, in place only when it is whole."""
+    columns = ["run", "seeds", "failed", *(name for column in COLUMNS for name in (column, f"{column}_ci95"))]
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)
