@@ -9,7 +9,7 @@ import torch
 from fedlora import experiment, records, sweep, workbench
 from fedlora.check import ConfigError, RunError
 from fedlora.config import Config, settings
-from fedlora.evaluate import evaluate
+from fedlora.evaluate import evaluate, macro_f1
 
 
 def rows_of(config) -> list[dict]:
@@ -140,3 +140,14 @@ def test_a_sweep_is_placed_in_one_folder_and_says_what_its_seeds_say() -> None:
     assert first["accuracy"] == pytest.approx(0.6) and first["accuracy_ci95"] == pytest.approx(4.302653 * 0.1 / 3**0.5)
     assert (second["seeds"], second["failed"], second["accuracy"], second["accuracy_ci95"]) == (2, 1, 0.9, 0.0)
     assert sweep.interval([0.3]) == (0.3, None)
+
+
+@pytest.mark.parametrize("classes", [2, 10])
+def test_macro_f1_is_scikit_learns(classes) -> None:
+    from sklearn.metrics import f1_score
+
+    rng = np.random.default_rng(classes)
+    for size in (1, 5, 200):
+        labels, guesses = rng.integers(0, classes, (2, size))
+        assert macro_f1(labels, guesses) == pytest.approx(f1_score(labels, guesses, average="macro"), abs=1e-12)
+    assert macro_f1(np.array([0, 0]), np.array([1, 1])) == 0.0

@@ -41,7 +41,7 @@ class FlowerEngine:
                     load_app(self.app),
                     num_supernodes=self.config.clients,
                     backend_config={
-                        "init_args": {"num_cpus": workers, "include_dashboard": False},
+                        "init_args": {"num_cpus": workers, "include_dashboard": False, "log_to_driver": False},
                         "client_resources": {"num_cpus": 1, "num_gpus": gpus},
                     },
                 )
