@@ -58,9 +58,8 @@ def main() -> int:
             for engine in ENGINES:
                 runs[engine].append(measure(engine, Path(folder), arguments.overrides))
     ends = {(run["accuracy"], run["loss"]) for engine in ENGINES for run in runs[engine]}
-    print(
-        f"{platform.machine()}, {os.cpu_count()} cores, {arguments.repeats} repetitions, {' '.join(arguments.overrides) or 'main job'}"
-    )
+    job = " ".join(arguments.overrides) or "main job"
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {arguments.repeats} repetitions, {job}")
     print(f"{'':22}{'ray':>10}{'flower':>10}   ratio (range)")
     for span in ("start to first round", "training rounds", "whole run"):
         ray, flower = ([run[span] for run in runs[engine]] for engine in ENGINES)

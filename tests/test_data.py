@@ -140,8 +140,13 @@ def test_every_dataset_can_train_and_test(
 
 
 def test_digits_are_images_in_0_1_split_by_class() -> None:
-    pytest.importorskip("sklearn")
-    digits = data.load(DatasetConfig(), 0)
+    from sklearn.datasets import load_digits
+
+    digits, theirs = data.load(DatasetConfig(), 0), load_digits()
+    rows = np.concatenate([digits.train.inputs, digits.test.inputs]).reshape(1797, 64) * 16
+    labels = np.concatenate([digits.train.labels, digits.test.labels])
+    both = [np.unique(np.column_stack([a, b]), axis=0) for a, b in ((rows, labels), (theirs.data, theirs.target))]
+    assert np.array_equal(both[0], both[1])
     assert digits.kind == "image" and digits.classes == list("0123456789")
     assert len(digits.train) + len(digits.test) == 1797
     assert isinstance(digits.train.inputs, np.ndarray)

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.ft2font import FT2Font
-from scipy.ndimage import distance_transform_edt, gaussian_filter  # type: ignore[import-untyped]
+from scipy.ndimage import distance_transform_edt, gaussian_filter
 from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
 from transformers.utils.logging import disable_progress_bar
