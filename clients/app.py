@@ -15,6 +15,8 @@ from flwr.clientapp import ClientApp
 from fedlora import messages
 
 if TYPE_CHECKING:
+    from clients.private import Mechanism
+    from fedlora.config import Config
     from fedlora.workbench import Workbench
 
 app = ClientApp()
@@ -37,7 +39,14 @@ def train(message: Message, context: Context) -> Message:
     round, trains = int(job[messages.ROUND]), str(job[messages.TRAINS])  # type: ignore[arg-type]
     config, (indices, _) = bench.config, bench.examples_of(client)
     metrics = train_locally(
-        bench.model, bench.train, indices, config.train, trains, (round, config.rounds), (config.seed, client, round)
+        bench.model,
+        bench.train,
+        indices,
+        config.train,
+        trains,
+        (round, config.rounds),
+        (config.seed, client, round),
+        _mechanism(config, job, client),
     )
     measured = MetricRecord({**metrics, "seconds": time.perf_counter() - started})
     measured[messages.CLIENT], measured[messages.EXAMPLES] = client, len(indices)
@@ -67,6 +76,16 @@ def _open(message: Message, context: Context) -> tuple[ConfigRecord, int, Workbe
     bench = workbench.build(workbench.experiment(str(job[messages.EXPERIMENT])))
     bench.model.write(*messages.unpack(message.content.array_records[messages.ARRAYS]))
     return job, _client(context), bench
+
+
+def _mechanism(config: Config, job: ConfigRecord, client: int) -> Mechanism | None:
+    """What makes this client's steps private, if anything does: σ comes with the message, the rest is a setting."""
+    if config.privacy.name == "none":
+        return None
+    from clients.private import Mechanism
+
+    sigmas = job[messages.NOISE]
+    return Mechanism(sigmas[client], config.privacy.clip, config.train.batch_size)  # type: ignore[index, arg-type]
 
 
 def _client(context: Context) -> int:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedlora import seeds
 from fedlora.config import TrainConfig
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.encode import Encoded
+
+if TYPE_CHECKING:
+    from clients.private import Mechanism, PrivateStep
 
 
 def train(
@@ -23,32 +29,76 @@ def train(
     trains: str,
     progress: tuple[int, int],
     streams: tuple[int, int, int],
+    mechanism: Mechanism | None = None,
 ) -> dict[str, float]:
     """Train the named factors (and the head, if it is trained) on the client's examples, in place.
 
-    `progress` is (round from 1, rounds), for the learning rate's schedule; `streams` is (run seed, client, round).
-    Returns the mean loss of the local steps and their number.
+    `progress` is (round from 1, rounds), for the learning rate's schedule; `streams` is (run seed, client, round);
+    `mechanism` makes every step private. Returns the mean loss of the local steps and their number; with a mechanism also
+    the mean norm of single records' gradients and the share that was clipped. These are diagnostics of a simulation: they
+    are computed from private records and no ε covers them.
     """
     seed, client, round = streams
     parameters = model.trainable(trains)
     optimizer = make_optimizer(parameters, settings)
-    steps = local_steps(settings, len(indices))
+    steps, physical = local_steps(settings, len(indices)), settings.physical_batch_size or len(indices)
     rng = seeds.stream(seed, "batches", client, round)
-    losses = []
+    losses: list[Tensor] = []
     model.peft.train()
-    with torch.random.fork_rng():  # dropout draws from torch's global generator
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng())  # dropout draws from torch's global generator
         torch.manual_seed(seeds.torch_seed(seed, "dropout", client, round))
-        for step, batch in enumerate(batches(indices, settings.batch_size, steps, rng)):
+        descend: PlainStep | PrivateStep
+        if mechanism is None:
+            draws = batches(indices, settings.batch_size, steps, rng)
+            descend = PlainStep(model, examples, parameters, optimizer, settings.max_grad_norm, physical)
+        else:
+            from clients.private import poisson, private_step
+
+            draws = poisson(indices, mechanism.rate(len(indices)), steps, rng)
+            private = private_step(model, examples, optimizer, mechanism, len(indices), physical, streams)
+            descend = stack.enter_context(private)
+        for step, batch in enumerate(draws):
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * rate(settings, progress, step / steps)
-            loss = model.forward(examples.batch(batch, model.device)).loss
-            optimizer.zero_grad(set_to_none=True)
+            losses.append(descend(batch))
+        return {"loss": mean(losses), "steps": float(steps)} | descend.diagnose()
+
+
+@dataclass
+class PlainStep:
+    """One optimiser step on a batch, in forward passes of at most `physical` examples."""
+
+    model: AdaptedModel
+    examples: Encoded
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    max_grad_norm: float | None
+    physical: int
+
+    def __call__(self, batch: np.ndarray) -> Tensor:
+        """Descend once; returns the batch's mean loss, shape (1,)."""
+        total = torch.zeros(1)
+        self.optimizer.zero_grad(set_to_none=True)
+        for start in range(0, len(batch), self.physical):
+            part = batch[start : start + self.physical]
+            loss = self.model.forward(self.examples.batch(part, self.model.device)).loss * (len(part) / len(batch))
             loss.backward()
-            if settings.max_grad_norm is not None:
-                nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
-            optimizer.step()
-            losses.append(loss.detach())
-    return {"loss": float(torch.stack(losses).mean()), "steps": float(steps)}
+            total += loss.detach().cpu()
+        if self.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        self.optimizer.step()
+        return total
+
+    def diagnose(self) -> dict[str, float]:
+        """Nothing beyond the loss."""
+        return {}
+
+
+def mean(parts: list[Tensor]) -> float:
+    """The mean of all entries; 0 where there are none (every Poisson batch of a round may be empty)."""
+    values = torch.cat([part.cpu() for part in parts])
+    return float(values.mean()) if len(values) else 0.0
 
 
 def local_steps(settings: TrainConfig, examples: int) -> int:
@@ -57,6 +107,11 @@ def local_steps(settings: TrainConfig, examples: int) -> int:
         return settings.epochs * math.ceil(examples / settings.batch_size)
     assert settings.steps is not None  # the configuration was checked
     return settings.steps
+
+
+def sampling_rate(batch_size: int, examples: int) -> float:
+    """q = min(1, batch_size / examples), the Poisson rate of a private step."""
+    return min(1.0, batch_size / examples)
 
 
 def batches(indices: np.ndarray, size: int, steps: int, rng: np.random.Generator) -> Iterator[np.ndarray]:

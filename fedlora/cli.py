@@ -183,7 +183,7 @@ def _plan(cells: list[Config]) -> int:
         bench, strategy = workbench.build(cell), experiment.make_strategy(cell)
         state = experiment.initial_state(bench, strategy)
         terminal.announce(cell, [])
-        rows = plan.derive(bench, strategy, state) + plan.cost(bench, strategy, state)
+        rows = plan.derive(bench, strategy, state, plan.guard(bench)) + plan.cost(bench, strategy, state)
         terminal.table(cell.name or records.run_name(cell), ["", "", "because"], [list(row) for row in rows])
     return 0
 

@@ -17,7 +17,7 @@ from fedlora.check import RunError
 from fedlora.config import Config
 from fedlora.evaluate import evaluate
 from fedlora.messages import ServerState
-from fedlora.records import ADAPTER, CURVES, Recorder
+from fedlora.records import ADAPTER, CURVES, PRIVACY, Recorder
 from fedlora.workbench import Workbench
 from strategies import LoRAStrategy
 
@@ -39,7 +39,9 @@ def run(config: Config, started: float, app: str = engines.CLIENT_APP) -> dict[s
     try:
         bench = workbench.build(config)
         state = initial_state(bench, strategy)
-        terminal.announce(config, plan.derive(bench, strategy, state))
+        guard = plan.guard(bench, lambda ledger: recorder.save(PRIVACY, ledger.save))
+        strategy.admit = guard.admit if guard else strategy.admit
+        terminal.announce(config, plan.derive(bench, strategy, state, guard))
         recorder.begin()
 
         def after_round(round: int, arrays: ArrayRecord) -> MetricRecord | None:
@@ -47,19 +49,23 @@ def run(config: Config, started: float, app: str = engines.CLIENT_APP) -> dict[s
             row = {"round": round} | (strategy.report.as_row(started) if strategy.report else {})
             measured: dict[str, float] = {}
             if round % config.evaluate.every == 0 or round == config.rounds:
-                measured = measure(bench, arrays)
+                measured = measure(bench, arrays) | (guard.spent() if guard else {})
             row |= measured | {"seconds": time.perf_counter() - started}
             recorder.round(row)
             shown.finished(row)
             return MetricRecord(dict(measured)) if measured else None
 
+        job = ConfigRecord({messages.EXPERIMENT: config.to_json()})
+        noisy = ConfigRecord(dict(job))
+        if guard:
+            noisy[messages.NOISE] = guard.noise_multipliers
         rounds = partial(
             strategy.start,
             initial_arrays=messages.pack(state.adapters, state.dense),
             num_rounds=config.rounds,
             timeout=config.round_timeout,
-            train_config=ConfigRecord({messages.EXPERIMENT: config.to_json()}),
-            evaluate_config=ConfigRecord({messages.EXPERIMENT: config.to_json()}),
+            train_config=noisy,
+            evaluate_config=ConfigRecord(dict(job)),
             evaluate_fn=after_round,
         )
         with shown:

@@ -19,6 +19,7 @@ from fedlora.lowrank import Adapters, Pair
 ARRAYS, METRICS, CONFIG = "arrays", "metrics", "config"  # the records of a message
 EXAMPLES, CLIENT = "num-examples", "client"  # keys of the metrics
 ROUND, TRAINS, EXPERIMENT = "server-round", "trains", "experiment"  # keys of the config
+NOISE = "noise-multipliers"  # key of the config, with record-level privacy: σ of every client, by its number
 
 Factors = dict[str, dict[str, np.ndarray]]  # layer name → {"A": …, "B": …}, either of which may be absent
 

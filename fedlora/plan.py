@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
 import torch
 from flwr.app import RecordDict
 
-from clients.train import local_steps
+from clients.train import local_steps, sampling_rate
 from fedlora import engines, messages
 from fedlora.messages import ServerState
+from fedlora.participation import schedule
 from fedlora.terminal import size
 from fedlora.workbench import Workbench
 from strategies import LoRAStrategy
-from strategies.base import draw_cohort
+
+if TYPE_CHECKING:
+    from fedlora.privacy.ledger import Ledger
+    from fedlora.privacy.record_level import Guard
 
 Derived = list[tuple[str, str, str]]  # name, value, reason
 
 
-def derive(bench: Workbench, strategy: LoRAStrategy, state: ServerState) -> Derived:
+def guard(bench: Workbench, save: Callable[[Ledger], None] = lambda ledger: None) -> Guard | None:
+    """The guard of a private run, every client's σ derived; None with privacy=none."""
+    config = bench.config
+    if config.privacy.name == "none":
+        return None
+    from fedlora.privacy.record_level import Client, Guard
+
+    drawn = schedule(config.seed, config.rounds, config.clients, config.cohort_size)
+    counts = [len(bench.examples_of(client)[0]) for client in range(config.clients)]
+    clients = [
+        Client(sampling_rate(config.train.batch_size, n), local_steps(config.train, n), drawn[number])
+        for number, n in enumerate(counts)
+    ]
+    return Guard(config.privacy, clients, config.rounds, config.cohort_size / config.clients, save)
+
+
+def derive(bench: Workbench, strategy: LoRAStrategy, state: ServerState, guard: Guard | None) -> Derived:
     """Every value that follows from the settings and the data, with its reason."""
     config, model = bench.config, bench.model
     counts = np.array([len(bench.examples_of(client)[0]) for client in range(config.clients)])
@@ -43,6 +64,8 @@ def derive(bench: Workbench, strategy: LoRAStrategy, state: ServerState) -> Deri
             f"test_fraction {config.dataset.test_fraction:g}"),
         ("device", str(model.device), f"device={config.device}"),
     ]  # fmt: skip
+    if guard is not None:
+        rows.append(guard.derivation())
     if config.engine.name != "inline":
         workers, gpus = engines.resources(config)
         reason = "engine.workers" if config.engine.workers else "one a GPU" if gpus else "one a core"
@@ -56,12 +79,8 @@ def cost(bench: Workbench, strategy: LoRAStrategy, state: ServerState) -> Derive
     up, down = bytes_sent(state, strategy.trains), bytes_sent(state, "AB")
     trainings = config.rounds * config.cohort_size
     counts = [len(bench.examples_of(client)[0]) for client in range(config.clients)]
-    clients = list(range(config.clients))
-    steps = sum(
-        local_steps(config.train, counts[client])
-        for round in range(1, config.rounds + 1)
-        for client in draw_cohort(config.seed, round, clients, config.cohort_size)
-    )
+    rounds = schedule(config.seed, config.rounds, config.clients, config.cohort_size)
+    steps = sum(local_steps(config.train, counts[client]) * times for client, times in rounds.items())
     weights = sum(p.numel() * p.element_size() for p in bench.model.peft.parameters())
     trained = sum(array.size for array in sent(state, strategy.trains)) * 4
     moments = {"sgd": int(config.train.momentum > 0), "adamw": 2}[config.train.optimizer]

@@ -3,6 +3,7 @@
     config.json     the resolved settings           summary.json    the outcome, written last
     env.json        versions, commit, hardware      curves.png      the plot of rounds.jsonl
     rounds.jsonl    a line a round, as it happens   adapter/        the merged adapter in PEFT's own format
+    privacy.json    the ledger, written ahead of every round (privacy=record)
 
 A finished folder is never written over in silence: the same settings again show what is there, and other settings under
 the same name are refused.
@@ -31,8 +32,8 @@ import strategies
 from fedlora.check import ConfigError, RunError
 from fedlora.config import Config, settings
 
-ROUNDS, SUMMARY, CONFIG, ENV, CURVES, ADAPTER = (
-    "rounds.jsonl", "summary.json", "config.json", "env.json", "curves.png", "adapter"
+ROUNDS, SUMMARY, CONFIG, ENV, CURVES, ADAPTER, PRIVACY = (
+    "rounds.jsonl", "summary.json", "config.json", "env.json", "curves.png", "adapter", "privacy.json"
 )  # fmt: skip
 _NOT_IDENTITY = ("engine.", "name", "results", "overwrite", "plan")  # settings that cannot change a number
 _VERSIONS = ("flwr", "torch", "transformers", "peft", "ray", "numpy", "scikit-learn", "hydra-core", "safetensors")
@@ -106,10 +107,10 @@ class Recorder:
 
     def begin(self) -> None:
         """Clear what an earlier run left, and write config.json and env.json."""
-        for name in (SUMMARY, ROUNDS, CURVES, ADAPTER):  # the mark of a finished run goes first
+        for name in (SUMMARY, ROUNDS, CURVES, ADAPTER, PRIVACY):  # the mark of a finished run goes first
             _remove(self.folder / name)
-        self._write(CONFIG, dataclasses.asdict(self.config))
-        self._write(ENV, environment())
+        self.write(CONFIG, dataclasses.asdict(self.config))
+        self.write(ENV, environment())
 
     def round(self, row: dict[str, Any]) -> None:
         """Append one round to rounds.jsonl, on disk when this returns."""
@@ -121,7 +122,7 @@ class Recorder:
 
     def close(self, summary: dict[str, Any]) -> None:
         """Write summary.json, the mark of a run that has ended."""
-        self._write(SUMMARY, summary)
+        self.write(SUMMARY, summary)
 
     def save(self, name: str, write: Callable[[Path], None]) -> None:
         """Let `write` make a file or a folder, and put it under its name only when it is whole."""
@@ -135,7 +136,9 @@ class Recorder:
             _remove(temporary)
             raise self._full(name, error) from error
 
-    def _write(self, name: str, content: dict[str, Any]) -> None:
+    def write(self, name: str, content: dict[str, Any]) -> None:
+        """Write a JSON file, whole and on disk when this returns."""
+
         def write(path: Path) -> None:
             with open(path, "w", encoding="utf-8") as file:
                 json.dump(content, file, indent=2, sort_keys=True)

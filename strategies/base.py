@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, ClassVar
 
@@ -17,9 +17,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 
-from fedlora import check, messages, seeds
+from fedlora import check, messages
 from fedlora.check import RunError
 from fedlora.messages import ServerState, Update
+from fedlora.participation import draw_cohort
 from strategies.metrics import client_metrics, geometry
 from strategies.updates import average_dense, read_update
 
@@ -78,6 +79,8 @@ class LoRAStrategy(FlowerFedAvg):
         self.min_success = check.fraction(min_success=min_success)
         self.state: ServerState | None = None
         self.report: RoundReport | None = None  # of the newest round
+        # Called with each round's cohort before anything is sent; returns who takes part (a budget may be spent).
+        self.admit: Callable[[int, list[int]], list[int]] = lambda round, cohort: cohort
         self._clients: dict[int, int] = {}  # node id → client
         self._named = False  # whether any node has said which client it is
         self._sent: list[Message] = []
@@ -97,7 +100,9 @@ class LoRAStrategy(FlowerFedAvg):
         sent = messages.state_of(arrays, self.scale)
         self.state = replace(self.state, adapters=sent.adapters, dense=sent.dense) if self.state else sent
         nodes = self._roll_call(grid)
-        cohort = draw_cohort(self.seed, server_round, sorted(nodes), self._size(len(nodes)))
+        cohort = self.admit(server_round, draw_cohort(self.seed, server_round, sorted(nodes), self._size(len(nodes))))
+        if not cohort:
+            raise RunError(f"round {server_round}: no client that was drawn may take part any more")
         self._sent = self._messages(arrays, config, server_round, [nodes[c] for c in cohort], MessageType.TRAIN)
         down = sum(messages.array_bytes(message.content) for message in self._sent)
         self.report = RoundReport(server_round, cohort, bytes_down=down)
@@ -214,12 +219,3 @@ def answered(reply: Message) -> int | None:
     """The client that a reply to the roll call names, if it names one."""
     records = reply.content.metric_records.values() if reply.has_content() else ()
     return next((int(m[messages.CLIENT]) for m in records if messages.CLIENT in m), None)  # type: ignore[arg-type]
-
-
-def draw_cohort(seed: int, round: int, clients: list[int], size: int) -> list[int]:
-    """`size` of the clients without replacement, from the stream (seed, participation, round); sorted.
-
-    A pure function, so the whole schedule of participation is known before the run begins.
-    """
-    drawn = seeds.stream(seed, "participation", round=round).choice(len(clients), size, replace=False)
-    return sorted(clients[i] for i in drawn)

@@ -18,8 +18,8 @@ import strategies
 from fedlora import messages, seeds
 from fedlora.check import RunError
 from fedlora.lowrank import Adapters, Pair
+from fedlora.participation import draw_cohort
 from strategies import LoRAStrategy
-from strategies.base import draw_cohort
 
 LAYERS = {"model.query": (6, 5), "model.value": (7, 5)}
 RANK, HEAD, CLIENTS = 2, 3, 5

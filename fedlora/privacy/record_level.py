@@ -1,0 +1,115 @@
+"""Record-level privacy of a whole run: which noise each client needs, what it has spent, and when it stops.
+
+Neighbours differ in one record of one client; the server and everybody on the wire see every message. A client's ε
+composes over the steps that it takes itself. The sizes of clients and the schedule of participation count as public.
+Aggregation is post-processing and costs nothing; choosing settings or a round by looking at private data is not covered.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedlora.config import PrivacyConfig
+from fedlora.privacy.calibration import calibrate
+from fedlora.privacy.ledger import Ledger
+
+
+@dataclass(frozen=True)
+class Client:
+    """What the privacy of one client depends on, all of it public."""
+
+    rate: float  # q, the probability with which a step takes each record
+    steps: int  # in each round that it takes part in
+    rounds: int  # in which the schedule draws it
+
+
+class Guard:
+    """Keeps the ledger of a simulated run, written ahead of every round, and lets nobody past its budget.
+
+    `save` is called with the ledger whenever it has changed, before anything is sent.
+    """
+
+    def __init__(
+        self, config: PrivacyConfig, clients: list[Client], rounds: int, fraction: float, save: Callable[[Ledger], None]
+    ) -> None:
+        self.config, self.clients, self.save = config, clients, save
+        self.ledger = Ledger()
+        self.noise_multipliers = noise_multipliers(config, clients, rounds, fraction)
+        # σ that was derived from the schedule meets the budget by itself; a σ that was given may not.
+        self.limit = config.epsilon if config.noise_multiplier is not None else None
+        self.stopped: set[int] = set()
+
+    def admit(self, round: int, cohort: list[int]) -> list[int]:
+        """The clients of the cohort whose budget allows this round; their steps are in the ledger when this returns."""
+        allowed = [client for client in cohort if not self._would_exceed(client)]
+        self.stopped |= set(cohort) - set(allowed)
+        for client in allowed:
+            self.ledger.spend(client, self.noise_multipliers[client], self.clients[client].rate, self.clients[client].steps)
+        self.save(self.ledger)
+        return allowed
+
+    def spent(self) -> dict[str, float]:
+        """ε spent so far over all clients, those that never took part at 0: largest, quartiles, and how many stopped."""
+        by_client = self.ledger.epsilons(self.config.delta, self.config.accountant)
+        epsilons = np.array([by_client.get(client, 0.0) for client in range(len(self.clients))])
+        quartiles = np.quantile(epsilons, [0.25, 0.5, 0.75], method="inverted_cdf")
+        names = ("epsilon_lower_quartile", "epsilon_median", "epsilon_upper_quartile")
+        measured = {name: float(value) for name, value in zip(names, quartiles, strict=True)}
+        return {"epsilon_max": float(epsilons.max()), **measured, "clients_stopped": float(len(self.stopped))}
+
+    def derivation(self) -> tuple[str, str, str]:
+        """How σ came about, as (name, value, reason): «σ: 1.21  (ε = 3, δ = 1e-05, q = 0.2, 100 steps, PRV)»."""
+        config = self.config
+        active = [i for i, client in enumerate(self.clients) if client.rounds]
+        q = _span([self.clients[i].rate for i in active])
+        sigma = _span([self.noise_multipliers[i] for i in active])
+        if config.noise_multiplier is not None:
+            stop = f", clients stop at ε = {config.epsilon:g}" if config.epsilon is not None else ""
+            return "σ", sigma, f"privacy.noise_multiplier, q = {q}{stop}"
+        steps = _span([self.clients[i].steps * self.clients[i].rounds for i in active])
+        label = {
+            "schedule": f"{steps} steps by the schedule",
+            "worst": "as if drawn in every round",
+            "expected": f"for the expected participation; NOT A GUARANTEE: {steps} steps are really taken",
+        }[config.participation]
+        reason = f"ε = {config.epsilon:g}, δ = {config.delta:g}, q = {q}, {label}, {config.accountant.upper()}"
+        return "σ", sigma, reason
+
+    def _would_exceed(self, client: int) -> bool:
+        if self.limit is None:
+            return False
+        which = self.clients[client]
+        arguments = (client, self.noise_multipliers[client], which.rate, which.steps, self.limit, self.config.delta)
+        return client in self.stopped or self.ledger.would_exceed(*arguments, self.config.accountant)
+
+
+def noise_multipliers(config: PrivacyConfig, clients: list[Client], rounds: int, fraction: float) -> list[float]:
+    """σ of every client: the one that is set, or the one that spends `config.epsilon` over the client's steps.
+
+    | participation | steps that σ is derived for                                                            |
+    |---------------|----------------------------------------------------------------------------------------|
+    | schedule      | those of the rounds that the seed draws the client in: exact                            |
+    | worst         | those of all rounds                                                                    |
+    | expected      | those of rounds · fraction, as published code has it: who is drawn more often overspends |
+
+    A client that is never drawn sends nothing; its σ is that of a single round.
+    """
+    if config.noise_multiplier is not None:
+        return [config.noise_multiplier] * len(clients)
+    assert config.epsilon is not None  # the configuration was checked
+    counted = {"worst": rounds, "expected": max(1, round(rounds * fraction))}
+    jobs = {
+        number: (client.rate, client.steps * max(1, counted.get(config.participation, client.rounds)))
+        for number, client in enumerate(clients)
+    }
+    sigmas = calibrate(config.epsilon, config.delta, jobs, config.accountant)
+    return [sigmas[number] for number in range(len(clients))]
+
+
+def _span(values: list[float] | list[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:.3g}" if math.isclose(low, high, rel_tol=5e-4) else f"{low:.3g} to {high:.3g}"

@@ -1,0 +1,120 @@
+"""The checks of a configuration that are possible before any data or model is read: ranges, names, and what goes together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fedlora import check, data
+from fedlora.check import ConfigError
+from fedlora.data import partition
+
+if TYPE_CHECKING:
+    from fedlora.config import Config, TrainConfig
+
+
+def validate(config: Config) -> None:
+    """Raises ConfigError, in one sentence that names the setting, its value and the cure, for the first that is wrong."""
+    _check_run(config)
+    _check_train(config.train)
+    _check_privacy(config)
+    _check_data(config)
+    check.positive(**{"adapter.rank": config.adapter.rank})
+    check.positive(**{"adapter.alpha": config.adapter.alpha})
+    check.below_one(**{"adapter.dropout": config.adapter.dropout})
+    check.positive(**{"evaluate.every": config.evaluate.every})
+    check.positive(**{"evaluate.batch_size": config.evaluate.batch_size})
+    check.below_one(**{"evaluate.holdout": config.evaluate.holdout})
+    check.one_of(("ray", "inline", "flower"), **{"engine.name": config.engine.name})
+    check.not_negative(**{"engine.retries": config.engine.retries})
+    if config.engine.workers is not None:
+        check.positive(**{"engine.workers": config.engine.workers})
+    if config.engine.gpus_per_worker is not None:
+        check.not_negative(**{"engine.gpus_per_worker": config.engine.gpus_per_worker})
+
+
+def _check_run(config: Config) -> None:
+    check.not_negative(seed=config.seed)
+    check.positive(clients=config.clients)
+    check.positive(rounds=config.rounds)
+    check.positive(threads=config.threads)
+    check.positive(round_timeout=config.round_timeout)
+    check.fraction(min_success=config.min_success)
+    check.one_of(("auto", "cpu", "cuda"), device=config.device)
+    if config.clients_per_round is not None:
+        check.positive(clients_per_round=config.clients_per_round)
+        if config.clients_per_round > config.clients:
+            raise ConfigError(
+                f"clients_per_round={config.clients_per_round} is more than clients={config.clients}; "
+                "lower the first or raise the second"
+            )
+    elif config.fraction is not None:
+        check.fraction(fraction=config.fraction)
+
+
+def _check_train(train: TrainConfig) -> None:
+    if train.epochs is not None:
+        check.positive(**{"train.epochs": train.epochs})
+    elif train.steps is None:
+        raise ConfigError("train.steps and train.epochs are both none; set one of them")
+    else:
+        check.positive(**{"train.steps": train.steps})
+    check.positive(**{"train.batch_size": train.batch_size})
+    check.positive(**{"train.lr": train.lr})
+    check.one_of(("sgd", "adamw"), **{"train.optimizer": train.optimizer})
+    check.one_of(("constant", "linear", "cosine"), **{"train.schedule": train.schedule})
+    check.below_one(**{"train.momentum": train.momentum})
+    check.below_one(**{"train.warmup": train.warmup})
+    check.not_negative(**{"train.weight_decay": train.weight_decay})
+    if train.momentum and train.optimizer != "sgd":
+        raise ConfigError(f"train.momentum={train.momentum} has no meaning with train.optimizer=adamw; set it to 0")
+    if train.physical_batch_size is not None:
+        check.positive(**{"train.physical_batch_size": train.physical_batch_size})
+    if train.max_grad_norm is not None:
+        check.positive(**{"train.max_grad_norm": train.max_grad_norm})
+
+
+def _check_privacy(config: Config) -> None:
+    privacy = config.privacy
+    check.one_of(("none", "record"), **{"privacy.name": privacy.name})
+    check.one_of(("schedule", "worst", "expected"), **{"privacy.participation": privacy.participation})
+    check.one_of(("prv", "rdp"), **{"privacy.accountant": privacy.accountant})
+    check.positive(**{"privacy.delta": privacy.delta})
+    check.below_one(**{"privacy.delta": privacy.delta})
+    check.positive(**{"privacy.clip": privacy.clip})
+    if privacy.epsilon is not None:
+        check.positive(**{"privacy.epsilon": privacy.epsilon})
+    if privacy.noise_multiplier is not None:
+        check.not_negative(**{"privacy.noise_multiplier": privacy.noise_multiplier})
+    if privacy.name == "none":
+        if privacy.epsilon is not None or privacy.noise_multiplier is not None:
+            raise ConfigError("privacy.epsilon and privacy.noise_multiplier need privacy=record; add it or remove them")
+        return
+    if privacy.epsilon is None and privacy.noise_multiplier is None:
+        raise ConfigError("privacy=record needs privacy.epsilon=<budget> or privacy.noise_multiplier=<σ>")
+    if config.train.max_grad_norm is not None:
+        raise ConfigError(
+            f"train.max_grad_norm={config.train.max_grad_norm} clips whole batches, which bounds no record's part; "
+            "with privacy=record set it to null and use privacy.clip"
+        )
+
+
+def _check_data(config: Config) -> None:
+    check.one_of(("vit_digits", "hf"), **{"model.name": config.model.name})
+    check.one_of(data.names(), **{"dataset.name": config.dataset.name})
+    check.one_of(partition.names(), **{"partition.name": config.partition.name})
+    check.positive(**{"model.max_length": config.model.max_length})
+    check.positive(**{"partition.alpha": config.partition.alpha})
+    check.positive(**{"partition.min_examples": config.partition.min_examples})
+    check.positive(**{"partition.shards_per_client": config.partition.shards_per_client})
+    if not 0 < config.dataset.test_fraction < 1:
+        raise ConfigError(f"dataset.test_fraction={config.dataset.test_fraction} must lie between 0 and 1")
+    if config.model.name == "hf" and not config.model.path:
+        raise ConfigError("model=hf needs model.path=<folder or hub name>")
+    if config.dataset.name in ("files", "hub"):
+        if not config.dataset.path:
+            what = "file" if config.dataset.name == "files" else "name on the hub"
+            raise ConfigError(f"dataset={config.dataset.name} needs dataset.path=<{what}>")
+        if bool(config.dataset.text) == bool(config.dataset.image):
+            raise ConfigError("dataset.text and dataset.image: name one column of the two, such as dataset.text=sentence")
+    if config.partition.name == "natural" and not config.dataset.group:
+        raise ConfigError("partition=natural needs dataset.group=<column of the client id>")

@@ -1,0 +1,124 @@
+"""DP-SGD on a client: sensitivity, noise, sampling, and that nothing but the mechanism touches the numbers."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from clients.private import Mechanism, poisson
+from clients.train import sampling_rate, train
+from fedlora import seeds, workbench
+from fedlora.config import TrainConfig
+
+
+@pytest.fixture
+def bench(small):
+    return workbench.build(small(adapter__train_head=True))
+
+
+def run(bench, mechanism, trains="B", indices=None, streams=(0, 0, 1), start=None, **settings):
+    """The change of every trained array over one client's local training, by name, and what was measured."""
+    start = start or {name: pair._replace(B=pair.B + 0.01) for name, pair in bench.model.initial("kaiming", 0).items()}
+    bench.model.write(start, bench.model.initial_head)
+    indices = bench.shards[0] if indices is None else indices
+    settings = {"steps": 1, "batch_size": 8, "lr": 1.0} | settings
+    measured = train(bench.model, bench.train, indices, TrainConfig(**settings), trains, (1, 1), streams, mechanism)
+    moved = {f"{n}.A": p.A - start[n].A for n, p in bench.model.adapters().items()}
+    moved |= {f"{n}.B": p.B - start[n].B for n, p in bench.model.adapters().items()}
+    moved |= {n: array - bench.model.initial_head[n] for n, array in bench.model.dense().items()}
+    return moved, measured
+
+
+def length(moved) -> float:
+    return float(np.sqrt(sum(np.sum(array.astype(np.float64) ** 2) for array in moved.values())))
+
+
+def flat(moved) -> np.ndarray:
+    return np.concatenate([array.ravel() for array in moved.values()])
+
+
+@pytest.mark.parametrize("trains", ["AB", "B"])
+@pytest.mark.parametrize("physical", [None, 3])
+def test_without_noise_one_record_moves_the_sum_by_at_most_the_clip(bench, trains, physical) -> None:
+    """With q = 1 the step is the clipped sum over n; one record more or less must change that sum by at most C."""
+    everyone, clip = bench.shards[0][:12], 0.05
+    settings = {"batch_size": 12, "physical_batch_size": physical}
+    whole, measured = run(bench, Mechanism(0.0, clip, 12), trains, everyone, **settings)
+    assert measured["clipped"] > 0.8  # the bound is tested where it binds
+    changes = []
+    for left_out in range(4):
+        rest = np.delete(everyone, left_out)
+        without, _ = run(bench, Mechanism(0.0, clip, 11), trains, rest, **settings | {"batch_size": 11})
+        changes.append(length({name: 12 * whole[name] - 11 * without[name] for name in whole}))
+    assert 0.99 * clip < max(changes) <= clip * (1 + 1e-3)
+
+
+def test_with_no_noise_and_no_bound_it_is_plain_gradient_descent(bench) -> None:
+    indices = bench.shards[0][:10]
+    private, measured = run(bench, Mechanism(0.0, 1e9, 10), "AB", indices, batch_size=10)
+    plain, _ = run(bench, None, "AB", indices, batch_size=10)
+    assert measured["clipped"] == 0.0
+    np.testing.assert_allclose(flat(private), flat(plain), rtol=2e-4, atol=1e-7)
+
+
+def test_noise_has_the_right_size_on_every_coordinate_and_on_empty_batches(bench) -> None:
+    indices, sigma, clip = bench.shards[0][:10], 3.0, 0.5
+    for batch_size, expected in ((10, 10), (1e-9, 1e-9)):  # the second never draws anybody
+        mechanism = Mechanism(sigma, clip, batch_size)
+        quiet, _ = run(bench, Mechanism(0.0, clip, batch_size), "AB", indices)
+        noise = (flat(run(bench, mechanism, "AB", indices)[0]) - flat(quiet)) * expected
+        assert noise.size == 8842
+        assert np.std(noise) == pytest.approx(sigma * clip, rel=0.03)
+        assert abs(np.mean(noise)) < 4 * sigma * clip / np.sqrt(noise.size)
+        assert stats.kstest(noise / (sigma * clip), "norm").pvalue > 1e-3
+
+
+def test_noise_is_of_one_client_and_one_round(bench) -> None:
+    indices, mechanism = bench.shards[0][:1], Mechanism(1.0, 1.0, 1e-9)
+    keys = ((0, 0, 1), (0, 1, 1), (0, 0, 2), (1, 0, 1))  # (seed, client, round)
+    noise = {streams: flat(run(bench, mechanism, "AB", indices, streams)[0]) for streams in keys}
+    again = flat(run(bench, mechanism, "AB", indices, (0, 0, 1))[0])
+    assert np.array_equal(again, noise[0, 0, 1])
+    correlations = np.corrcoef(list(noise.values())) - np.eye(4)
+    assert np.abs(correlations).max() < 0.05  # 4.5 standard deviations over 8,842 coordinates
+
+
+def test_micro_batches_and_the_order_of_records_change_nothing(bench) -> None:
+    indices, mechanism = bench.shards[0][:16], Mechanism(1.0, 0.1, 16)
+    whole, _ = run(bench, mechanism, "AB", indices, batch_size=16, steps=3)
+    parts, _ = run(bench, mechanism, "AB", indices, batch_size=16, steps=3, physical_batch_size=5)
+    turned, _ = run(bench, mechanism, "AB", indices[::-1].copy(), batch_size=16, steps=3)
+    np.testing.assert_allclose(flat(parts), flat(whole), atol=2e-6)
+    np.testing.assert_allclose(flat(turned), flat(whole), atol=2e-6)
+
+
+def test_hooks_are_gone_when_a_client_is_done(bench) -> None:
+    before, _ = run(bench, None)
+    run(bench, Mechanism(1.0, 1.0, 8))
+    after, _ = run(bench, None)
+    assert np.array_equal(flat(before), flat(after))
+    assert not any(getattr(parameter, "grad_sample", None) is not None for parameter in bench.model.peft.parameters())
+
+
+def test_poisson_batches_take_each_record_independently_with_the_rate() -> None:
+    indices, rate, steps = np.arange(40), 0.3, 4000
+    drawn = list(poisson(indices, rate, steps, np.random.default_rng(0)))
+    counts = np.bincount(np.concatenate(drawn), minlength=40)
+    assert np.abs(counts / steps - rate).max() < 5 * np.sqrt(rate * 0.7 / steps)
+    sizes = np.array([len(batch) for batch in drawn])
+    assert sizes.var() == pytest.approx(40 * rate * (1 - rate), rel=0.1)  # binomial, not fixed
+    assert [len(batch) for batch in poisson(indices, 1.0, 2, np.random.default_rng(0))] == [40, 40]
+    assert any(len(batch) == 0 for batch in poisson(indices, 0.02, 50, np.random.default_rng(0)))
+
+
+@pytest.mark.parametrize(("batch", "examples", "rate"), [(16, 64, 0.25), (16, 16, 1.0), (16, 3, 1.0)])
+def test_the_rate_of_a_small_client_is_one(batch, examples, rate) -> None:
+    assert sampling_rate(batch, examples) == rate
+
+
+def test_the_rate_is_used_exactly_and_not_rounded_to_a_batch_size(bench) -> None:
+    """Opacus' own loader truncates the expected batch size: here 7 of 12 stays 7, and 2.5 would stay 2.5."""
+    indices = bench.shards[0][:12]
+    quiet, _ = run(bench, Mechanism(0.0, 0.01, 2.5), "B", indices)
+    drawn = next(poisson(indices, 2.5 / 12, 1, seeds.stream(0, "batches", 0, 1)))
+    alone = [flat(run(bench, Mechanism(0.0, 0.01, 1), "B", np.array([index]))[0]) for index in drawn]  # q = 1, n = 1
+    np.testing.assert_allclose(flat(quiet), np.sum(alone, axis=0) / 2.5, rtol=1e-3, atol=1e-7)
