@@ -1,8 +1,8 @@
 """The smallest noise that keeps a budget: σ for a target ε, for one client or for all of them.
 
-Every σ that leaves this file was put back into `accounting.epsilon`. The search starts from the central-limit formula of
-Gaussian DP, which understates ε and so is good for a first guess only, and then follows a secant in (log σ, log ε). Among
-many clients the next one starts where the last one ended, so that one or two evaluations each are enough.
+Every σ that leaves this file was put back into `accounting.epsilon`. The search follows secants in (log σ, log ε) from
+the central limit of Gaussian DP, which understates ε and so serves as a first guess only. Among many clients a smooth
+curve through those that are solved foretells the next, so that most of them take one evaluation.
 
 Answers are kept in memory and in `calibration.json` in the cache folder ($FEDLORA_CACHE, else ~/.cache/fedlora). A cache
 that cannot be read or written costs time, never a run.
@@ -18,6 +18,7 @@ import math
 import operator
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -27,9 +28,11 @@ from fedlora import check
 from fedlora.check import ConfigError
 from fedlora.privacy import accounting
 
+Job = tuple[float, int]  # (sampling rate q, steps)
+
 TOLERANCE = 0.02  # a σ is small enough if its ε lies in [target − tolerance, target]
 MOST_NOISE = 1e6  # no search goes beyond this σ
-VERSION = 1  # of the search, part of every cache key together with Opacus' version
+VERSION = 1  # of the search: part of every cache key, together with Opacus' version
 
 _memory: dict[str, float] = {}
 
@@ -39,34 +42,35 @@ def noise_multiplier(epsilon: float, delta: float, sample_rate: float, steps: in
 
     Guarantee: accounting.epsilon({(σ, sample_rate): steps}, delta, accountant) lies in [ε − tolerance(ε), ε].
 
-    | case                                              | answer                                     |
-    |---------------------------------------------------|--------------------------------------------|
-    | ε = inf                                           | 0: no noise                                |
-    | ε below what any noise can certify (PRV: 0.01)    | ConfigError that names the least ε         |
-    | ε ≤ 0, δ outside (0, 1), q outside (0, 1],        |                                            |
-    | steps < 1, NaN                                    | ConfigError                                |
-    | ε in the gap where PRV gives way to looser bounds | a valid σ whose ε may be below that band   |
+    | case                                              | answer                                   |
+    |---------------------------------------------------|------------------------------------------|
+    | ε = inf                                           | 0: no noise                              |
+    | ε below what any noise certifies (PRV: 0.01)      | ConfigError that names the least ε       |
+    | ε ≤ 0, δ outside (0, 1), q outside (0, 1],        |                                          |
+    | steps < 1, NaN anywhere                           | ConfigError                              |
+    | ε where PRV gives way to a looser bound (several  | a σ whose ε is at most the target, maybe |
+    | hundred)                                          | below the band                           |
     """
     check.positive(steps=operator.index(steps))
     return calibrate(epsilon, delta, {0: (sample_rate, steps)}, accountant)[0]
 
 
-def calibrate(epsilon: float, delta: float, jobs: Mapping[int, tuple[float, int]], accountant: str = "prv") -> dict[int, float]:
+def calibrate(epsilon: float, delta: float, jobs: Mapping[int, Job], accountant: str = "prv") -> dict[int, float]:
     """client → σ, for client → (its sampling rate, its steps); equal jobs are computed once.
 
     Guarantee: that of `noise_multiplier`, for every client at its own rate and steps. A client with no steps is left out:
     no σ would be safe to train with.
     """
     check.positive(**{"privacy.epsilon": epsilon})
-    for rate, steps in jobs.values():  # the settings are checked before anything is computed
+    for rate, steps in jobs.values():  # refuses wrong values before anything is computed; infinite noise is free
         accounting.epsilon({(math.inf, rate): steps}, delta, accountant)
     active = {client: (float(rate), operator.index(steps)) for client, (rate, steps) in jobs.items() if steps}
     if math.isinf(epsilon):
         return dict.fromkeys(active, 0.0)
-    keys = {job: _key(epsilon, delta, job, accountant) for job in set(active.values())}
-    if not _memory.keys() >= set(keys.values()):
+    keys = {job: f"{float(epsilon)!r} {float(delta)!r} {job} {accountant} {_version()}" for job in set(active.values())}
+    if not set(keys.values()) <= _memory.keys():
         _memory.update(_read())
-    missing = [job for job in keys if keys[job] not in _memory]
+    missing = [job for job, key in keys.items() if key not in _memory]
     if missing:
         solved = _solve(float(epsilon), float(delta), missing, accountant)
         _memory.update({keys[job]: sigma for job, sigma in solved.items()})
@@ -75,31 +79,27 @@ def calibrate(epsilon: float, delta: float, jobs: Mapping[int, tuple[float, int]
 
 
 def tolerance(epsilon: float) -> float:
-    """How far below its target an ε may lie: 0.02, and 4 % of the target where that is less."""
+    """How far below its target an ε may lie: 0.02, or 4 % of the target where that is less."""
     return min(TOLERANCE, 0.04 * epsilon)
 
 
-def search(curve: Callable[[float], float], epsilon: float, guess: float, slope: float = -1.3) -> tuple[float, float]:
-    """(σ, curve(σ)) with curve(σ) in [ε − tolerance, ε], for a falling `curve`, by secants in (log σ, log ε).
+def search(curve: Callable[[float], float], epsilon: float, guess: float, slope: float = -1.3) -> float:
+    """The σ with curve(σ) in [ε − tolerance, ε], for a falling `curve`, by secants in (log σ, log ε).
 
     Guarantee: curve(σ) ≤ ε always. Where the curve jumps over the band, σ is the smallest with curve(σ) ≤ ε, to 1e-9.
     Raises ConfigError if even σ = 10⁶ gives more than ε. `slope` is a first idea of d log ε / d log σ.
     """
     aim = math.log(epsilon - tolerance(epsilon) / 2)
-    low, high, reached = 0.0, math.inf, math.nan  # curve(low) > ε ≥ curve(high) = reached
+    low, high = 0.0, math.inf  # curve(low) > ε ≥ curve(high)
     sigma, before = guess, (0.0, math.inf)
     for evaluation in itertools.count():
         value = curve(sigma)
-        if value > epsilon:
-            low = sigma
-        else:
-            high, reached = sigma, value
+        low, high = (sigma, high) if value > epsilon else (low, sigma)
         if epsilon - tolerance(epsilon) <= value <= epsilon or high < low * (1 + 1e-9):
             break
         if low >= MOST_NOISE:
-            raise ConfigError(
-                f"privacy.epsilon={epsilon:g} is out of reach: no noise certifies less than {value:.2g}; raise it"
-            )
+            least = f"even privacy.noise_multiplier={low:g} certifies no less than {value:.2g}"
+            raise ConfigError(f"privacy.epsilon={epsilon:g} is out of reach: {least}; raise it")
         x, y = math.log(sigma), math.log(max(value, 1e-12))
         if math.isfinite(before[1]) and math.isfinite(y):
             slope = min((y - before[1]) / (x - before[0]), -0.1)
@@ -107,43 +107,41 @@ def search(curve: Callable[[float], float], epsilon: float, guess: float, slope:
         sigma = min(sigma * math.exp(max(-1.5, min((aim - y) / slope, 1.5))), MOST_NOISE)
         if low and high < math.inf and (evaluation > 8 or not low < sigma < high):
             sigma = math.sqrt(low * high)
-    return high, reached
+    return high
 
 
-def _solve(epsilon: float, delta: float, jobs: list[tuple[float, int]], accountant: str) -> dict[tuple[float, int], float]:
-    """(q, steps) → σ. The first guess is the central limit: ε depends on μ = q √(steps (e^(1/σ²) − 1)) alone.
+def _solve(epsilon: float, delta: float, jobs: list[Job], accountant: str) -> dict[Job, float]:
+    """(q, steps) → σ, from the central limit, in which ε depends on μ² = q² steps (e^(1/σ²) − 1) alone.
 
-    What log μ really is for this ε varies smoothly with (q, steps): a Gaussian process through the jobs that are solved
-    foretells it for the next one, which then takes one evaluation. The jobs come in the order 0, ½, ¼, ¾, ⅛, …
+    The μ that really belongs to ε varies smoothly with (q, steps). The jobs are solved in the order 0, ½, ¼, ¾, ⅛, … of
+    q √steps, and a Gaussian process through the log μ of those before foretells the next one.
     """
     aim, tail = epsilon - tolerance(epsilon) / 2, math.sqrt(-2 * math.log(delta))
     limit = math.sqrt(tail**2 + 2 * aim) - tail  # the μ with μ²/2 + μ·tail = ε
     growth = (limit + tail) / (limit / 2 + tail)  # d log ε / d log μ there
-    jobs = sorted(jobs, key=lambda job: job[0] * math.sqrt(job[1]))
-    jobs = [jobs[i] for i in sorted(range(len(jobs)), key=lambda i: -(i & -i) if i else -len(jobs))]
-    places = np.array([[math.log(rate), math.log(steps) / 2] for rate, steps in jobs]) @ [[1, 1], [1, -1]]
+    ranked = sorted(jobs, key=lambda job: job[0] * math.sqrt(job[1]))
+    jobs = [ranked[i] for i in sorted(range(len(jobs)), key=lambda i: -(i & -i) if i else -len(jobs))]
+    rates, steps = np.log(np.array(jobs)).T
+    places = np.stack([rates + steps / 2, rates - steps / 2], axis=1)  # (jobs, 2)
     kernel = np.exp(-((places[:, None] - places) ** 2).sum(-1) / 8) + 1e-8 * np.eye(len(jobs))
-    widths: list[float] = []  # log (μ / limit) of the jobs solved
+    widths = np.full(len(jobs), math.log(limit))  # log μ
     solved = {}
-    for n, (rate, steps) in enumerate(jobs):
-        unit = 2 * math.log(rate) + math.log(steps)
-        mean = widths[0] if n else 0.0
-        width = mean + float(kernel[n, :n] @ np.linalg.solve(kernel[:n, :n], np.array(widths) - mean)) if n else 0.0
-        y = np.logaddexp(0, 2 * (width + math.log(limit)) - unit)  # 1 / σ²
-        sigma, value = search(
-            lambda sigma: accounting.epsilon({(sigma, rate): steps}, delta, accountant),
-            epsilon,
-            float(y**-0.5),
-            float(growth * y / math.expm1(-y)),
-        )
-        y = sigma**-2
-        widths.append((unit + y + math.log(-math.expm1(-y))) / 2 - math.log(limit) - math.log(value / aim) / growth)
-        solved[rate, steps] = sigma
+    for n, (job, unit) in enumerate(zip(jobs, 2 * rates + steps, strict=True)):
+        curve = functools.partial(_quiet_epsilon, job, delta, accountant)
+        width = widths[0] + kernel[n, :n] @ np.linalg.solve(kernel[:n, :n], widths[:n] - widths[0])
+        inverse = float(np.logaddexp(0, 2 * width - unit))  # 1 / σ²
+        solved[job] = search(curve, epsilon, inverse**-0.5, slope=growth * inverse / math.expm1(-inverse))
+        inverse = solved[job] ** -2
+        excess = math.log(max(curve(solved[job]), 1e-12) / aim)
+        widths[n] = (unit + inverse + math.log(-math.expm1(-inverse))) / 2 - excess / growth
     return solved
 
 
-def _key(epsilon: float, delta: float, job: tuple[float, int], accountant: str) -> str:
-    return f"{float(epsilon)!r} {float(delta)!r} {job[0]!r} {job[1]} {accountant} {_version()}"
+def _quiet_epsilon(job: Job, delta: float, accountant: str, sigma: float) -> float:
+    """`accounting.epsilon`, without a word about points that the search merely passes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", accounting.LooserBound)
+        return accounting.epsilon({(sigma, job[0]): job[1]}, delta, accountant)
 
 
 @functools.cache
