@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fedlora import check, data
+from fedlora import check, data, models
 from fedlora.check import ConfigError
 from fedlora.data import partition
 
@@ -99,7 +99,7 @@ def _check_privacy(config: Config) -> None:
 
 
 def _check_data(config: Config) -> None:
-    check.one_of(("vit_digits", "hf"), **{"model.name": config.model.name})
+    check.one_of(models.names(), **{"model.name": config.model.name})
     check.one_of(data.names(), **{"dataset.name": config.dataset.name})
     check.one_of(partition.names(), **{"partition.name": config.partition.name})
     check.positive(**{"model.max_length": config.model.max_length})

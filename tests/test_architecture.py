@@ -17,7 +17,7 @@ ALLOWED = {
     "fedlora.lowrank": set(),
     "fedlora.messages": {"fedlora.lowrank"},
     "fedlora.participation": {"fedlora.seeds"},
-    "fedlora.validate": {"fedlora.check", "fedlora.data"},
+    "fedlora.validate": {"fedlora.check", "fedlora.data", "fedlora.models"},
     "fedlora.config": {"fedlora.check", "fedlora.validate"},
     "fedlora.data": {"fedlora.check", "fedlora.seeds", "fedlora.config"},
     "fedlora.models": {

@@ -64,16 +64,8 @@ def epsilon(history: Mapping[tuple[float, float], int], delta: float, accountant
     | σ < 0, q outside (0, 1], steps < 0, |                                                                       |
     | δ outside (0, 1), NaN anywhere      | ConfigError                                                           |
     """
-    check.positive(**{"privacy.delta": delta})
-    check.below_one(**{"privacy.delta": delta})
     check.one_of(ACCOUNTANTS, **{"privacy.accountant": accountant})
-    spent: History = {}
-    for (sigma, rate), steps in history.items():
-        check.not_negative(**{"privacy.noise_multiplier": sigma})
-        check.fraction(**{"sampling rate": rate})
-        check.not_negative(steps=operator.index(steps))
-        if steps > 0 and sigma < math.inf:
-            spent[float(sigma), float(rate)] = operator.index(steps)
+    spent = checked(history, delta)
     if not spent:
         return 0.0
     if min(sigma for sigma, _ in spent) == 0:
@@ -82,6 +74,20 @@ def epsilon(history: Mapping[tuple[float, float], int], delta: float, accountant
     if reason:
         warnings.warn(f"PRV is out of reach ({reason}): ε is a looser, still valid bound", LooserBound, stacklevel=2)
     return value
+
+
+def checked(history: Mapping[tuple[float, float], int], delta: float) -> History:
+    """The part of `history` that spends anything; raises ConfigError for values that no mechanism has."""
+    check.positive(**{"privacy.delta": delta})
+    check.below_one(**{"privacy.delta": delta})
+    spent: History = {}
+    for (sigma, rate), steps in history.items():
+        check.not_negative(**{"privacy.noise_multiplier": sigma})
+        check.fraction(**{"sampling rate": rate})
+        check.not_negative(steps=operator.index(steps))
+        if steps > 0 and sigma < math.inf:
+            spent[float(sigma), float(rate)] = operator.index(steps)
+    return spent
 
 
 def prv(history: History, delta: float) -> float:

@@ -62,8 +62,9 @@ def calibrate(epsilon: float, delta: float, jobs: Mapping[int, Job], accountant:
     no σ would be safe to train with.
     """
     check.positive(**{"privacy.epsilon": epsilon})
-    for rate, steps in jobs.values():  # refuses wrong values before anything is computed; infinite noise is free
-        accounting.epsilon({(math.inf, rate): steps}, delta, accountant)
+    check.one_of(accounting.ACCOUNTANTS, **{"privacy.accountant": accountant})
+    for rate, steps in jobs.values():
+        accounting.checked({(0.0, rate): steps}, delta)
     active = {client: (float(rate), operator.index(steps)) for client, (rate, steps) in jobs.items() if steps}
     if math.isinf(epsilon):
         return dict.fromkeys(active, 0.0)
