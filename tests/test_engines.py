@@ -31,6 +31,8 @@ def fit(config, app=engines.CLIENT_APP, chosen=None) -> dict[str, dict[str, byte
             state = experiment.initial_state(bench, strategy)
             arrays = messages.pack(state.adapters, state.dense)
             job = ConfigRecord({messages.EXPERIMENT: cell.to_json()})
+            if cell.privacy.noise_multiplier is not None:
+                job[messages.NOISE] = [cell.privacy.noise_multiplier] * cell.clients
             result = strategy.start(grid, arrays, cell.rounds, train_config=job, evaluate_config=ConfigRecord(dict(job)))
             final[name] = {key: array.data for key, array in result.arrays.items()}
 
@@ -100,6 +102,15 @@ def test_the_content_of_a_round_is_stored_once(config, monkeypatch) -> None:
     monkeypatch.setattr(ray, "put", lambda value: stored.append(value) or put(value))
     engine.run(lambda grid: _start(config, grid, rounds=1))
     assert [bool(content.array_records) for content in stored] == [False, True, True]  # roll call, training, evaluation
+
+
+def test_private_runs_have_the_same_bits_on_workers(config) -> None:
+    config.privacy.name, config.privacy.noise_multiplier = "record", 0.7
+    inline = fit(config, chosen=["fedsvd"])
+    config.engine.name, config.engine.workers = "ray", 2
+    assert fit(config, chosen=["fedsvd"]) == inline
+    config.privacy.noise_multiplier = 0.8
+    assert fit(config, chosen=["fedsvd"]) != inline
 
 
 def test_gpu_shares_without_a_gpu_are_refused(config) -> None:

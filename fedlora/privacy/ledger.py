@@ -1,44 +1,64 @@
-"""What every client has spent: {client: {(σ, q): steps}}, written ahead of use so that a crash never under-counts."""
+"""The ledger: what every client has spent, as counts of noisy steps, from which ε follows for any δ.
+
+Write ahead: `spend` and `save` come before the result of a step is used, so that a crash can count a step that nobody has
+seen, and never miss one that somebody has.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator
+import math
+import operator
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-from fedlora.privacy.accounting import History, epsilon
+from fedlora import check
+from fedlora.check import ConfigError, RunError
+from fedlora.privacy import accounting
+from fedlora.privacy.accounting import History
 
 
 class Ledger:
-    """The steps of every client by noise multiplier and sampling rate; equal keys are merged."""
+    """client → {(noise multiplier σ, sampling rate q): steps}."""
 
-    def __init__(self) -> None:
+    def __init__(self, spent: Mapping[int, History] | None = None):
         self._spent: dict[int, History] = {}
-
-    def __iter__(self) -> Iterator[int]:
-        """The clients that have spent anything, in order."""
-        return iter(sorted(self._spent))
+        for client, history in (spent or {}).items():
+            for (sigma, rate), steps in history.items():
+                self.spend(client, sigma, rate, steps)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Ledger) and self._spent == other._spent
 
-    def history(self, client: int) -> History:
-        """A copy of what a client has spent; empty for one that has not."""
-        return dict(self._spent.get(client, {}))
+    def __repr__(self) -> str:
+        return f"Ledger({self._spent})"
+
+    def __iter__(self) -> Iterator[int]:
+        """The clients that have spent something, in rising order."""
+        return iter(sorted(self._spent))
 
     def spend(self, client: int, noise_multiplier: float, rate: float, steps: int) -> None:
-        """Count `steps` steps of a client."""
-        history = self._spent.setdefault(client, {})
-        key = (float(noise_multiplier), float(rate))
-        history[key] = history.get(key, 0) + steps
+        """Add `steps` steps of `client`; equal (σ, q) are counted together. Nothing is kept of 0 steps or σ = inf."""
+        check.not_negative(**{"privacy.noise_multiplier": noise_multiplier})
+        check.fraction(**{"sampling rate": rate})
+        check.not_negative(steps=operator.index(steps))
+        if steps and noise_multiplier < math.inf:
+            history = self._spent.setdefault(operator.index(client), {})
+            key = float(noise_multiplier), float(rate)
+            history[key] = history.get(key, 0) + operator.index(steps)
+
+    def history(self, client: int) -> History:
+        """A copy of what `client` has spent; empty for a client that has not trained."""
+        return dict(self._spent.get(client, {}))
 
     def epsilon(self, client: int, delta: float, accountant: str = "prv") -> float:
-        """The ε that a client has spent at δ; 0 for one that has spent nothing."""
-        return epsilon(self.history(client), delta, accountant)
+        """The ε that `client` has spent at `delta`: 0 if it has not trained, inf after a step without noise."""
+        return accounting.epsilon(self.history(client), delta, accountant)
 
     def epsilons(self, delta: float, accountant: str = "prv") -> dict[int, float]:
-        """Client → ε. Clients with the same history cost one evaluation, which the accountant remembers."""
+        """client → ε spent, for every client that has spent something; equal histories are evaluated once."""
         return {client: self.epsilon(client, delta, accountant) for client in self}
 
     def would_exceed(
@@ -51,16 +71,26 @@ class Ledger:
         delta: float,
         accountant: str = "prv",
     ) -> bool:
-        """Whether these steps would bring a client above its budget ε. Nothing is counted."""
-        ahead = Ledger()
-        ahead._spent[client] = self.history(client)
-        ahead.spend(client, noise_multiplier, rate, steps)
-        return ahead.epsilon(client, delta, accountant) > budget
+        """Whether `client` would be above the ε of `budget` after `steps` more steps.
+
+        RDP, which is quick for a (σ, q) seen before, settles most cases: what is far enough below it is below PRV too.
+        """
+        planned = Ledger({client: self.history(client)})
+        planned.spend(client, noise_multiplier, rate, steps)
+        if planned.epsilon(client, delta, "rdp") <= budget - 2 * accounting.PRV_ERROR:
+            return False
+        return planned.epsilon(client, delta, accountant) > budget
+
+    def merge(self, other: Ledger) -> None:
+        """Add what `other` holds; merging the same ledger twice counts it twice."""
+        for client, history in other._spent.items():
+            for (sigma, rate), steps in history.items():
+                self.spend(client, sigma, rate, steps)
 
     def to_json(self) -> str:
-        """The ledger as JSON; `from_json` gives back an equal one, to the last bit of every σ and q."""
-        rows: dict[str, list[dict[str, Any]]] = {
-            str(client): [
+        """JSON by client, every float with all its digits."""
+        rows = {
+            client: [
                 {"noise_multiplier": sigma, "sampling_rate": rate, "steps": steps}
                 for (sigma, rate), steps in sorted(self._spent[client].items())
             ]
@@ -70,13 +100,45 @@ class Ledger:
 
     @classmethod
     def from_json(cls, text: str) -> Ledger:
-        """The inverse of `to_json`."""
+        """The inverse of `to_json`; raises ConfigError for anything else, since a wrong ledger would understate ε."""
         ledger = cls()
-        for client, rows in json.loads(text).items():
-            for row in rows:
-                ledger.spend(int(client), row["noise_multiplier"], row["sampling_rate"], row["steps"])
+        try:
+            for client, rows in json.loads(text).items():
+                for row in rows:
+                    ledger.spend(int(client), row["noise_multiplier"], row["sampling_rate"], row["steps"])
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise _unknown(f"the privacy ledger is damaged ({error!r})") from error
         return ledger
 
-    def save(self, path: Path) -> None:
-        """Write the ledger to a file."""
-        path.write_text(self.to_json() + "\n", encoding="utf-8")
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Replace the file in one move; when this returns, the new one is on disk."""
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(self.to_json() + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            reason = f"cannot write the privacy ledger {path} ({error.strerror})"
+            raise RunError(f"{reason}; the run stops before it spends more than is written down") from error
+        with contextlib.suppress(OSError):  # not every file system lets a folder be flushed
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Ledger:
+        """The ledger in the file; raises ConfigError if it cannot be read, for an absent ledger is not an empty one."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise _unknown(f"cannot read the privacy ledger {path} ({getattr(error, 'strerror', error)})") from error
+        return cls.from_json(text)
+
+
+def _unknown(what: str) -> ConfigError:
+    return ConfigError(f"{what}, so what was spent is unknown; restore the file or start a new run")
