@@ -80,7 +80,7 @@ def _open(message: Message, context: Context) -> tuple[ConfigRecord, int, Workbe
 
 def _mechanism(config: Config, job: ConfigRecord, client: int) -> Mechanism | None:
     """What makes this client's steps private, if anything does: σ comes with the message, the rest is a setting."""
-    if config.privacy.name == "none":
+    if config.privacy.name != "record":
         return None
     from clients.private import Mechanism
 

@@ -90,15 +90,16 @@ class TrainConfig:
 
 @dataclass
 class PrivacyConfig:
-    """What a record is protected by: `privacy=none`, or `privacy=record`, DP-SGD at every client."""
+    """What protects whom: nothing, DP-SGD at every client (its records), or DP-FedAvg at the server (whole clients)."""
 
-    name: str = setting("none", "none or record (DP-SGD at every client; neighbours differ in one record)")
-    epsilon: float | None = setting(None, "record: every client's budget ε; with noise_multiplier, where it stops")
-    delta: float = setting(1e-5, "record: δ of the guarantee")
-    clip: float = setting(1.0, "record: bound on the norm of one record's gradient, adapters and head together")
-    noise_multiplier: float | None = setting(None, "record: σ; none: derived from epsilon, for each client")
+    name: str = setting("none", "none, record (DP-SGD at every client) or user (DP-FedAvg at the server)")
+    epsilon: float | None = setting(None, "every client's budget ε; record, with noise_multiplier: where it stops")
+    delta: float = setting(1e-5, "δ of the guarantee")
+    clip: float = setting(1.0, "bound on the norm of one record's gradient (record), of a client's whole update (user)")
+    noise_multiplier: float | None = setting(None, "σ (record) or z (user); none: derived from epsilon")
     participation: str = setting("schedule", "record: the rounds that σ is derived for: schedule, worst, or expected")
     accountant: str = setting("prv", "record: prv, or rdp (quicker, 8 to 29 % looser)")
+    sampling: str = setting("poisson", "user: how a cohort is drawn and accounted: poisson, fixed or none (no amplification)")
 
 
 @dataclass
@@ -162,6 +163,11 @@ class Config:
         if self.clients_per_round is not None:
             return self.clients_per_round
         return max(1, round(self.clients * (1.0 if self.fraction is None else self.fraction)))
+
+    @property
+    def poisson(self) -> bool:
+        """Whether cohorts are drawn client by client, as user-level accounting with Poisson sampling demands."""
+        return self.privacy.name == "user" and self.privacy.sampling == "poisson"
 
     def checked(self) -> Config:
         """This configuration, if its values are possible together; raises ConfigError with one sentence otherwise."""

@@ -40,7 +40,8 @@ def run(config: Config, started: float, app: str = engines.CLIENT_APP) -> dict[s
         bench = workbench.build(config)
         state = initial_state(bench, strategy)
         guard = plan.guard(bench, lambda ledger: recorder.save(PRIVACY, ledger.save))
-        strategy.admit = guard.admit if guard else strategy.admit
+        if guard is not None:
+            strategy.admit, strategy.release = guard.admit, guard.release
         terminal.announce(config, plan.derive(bench, strategy, state, guard))
         recorder.begin()
 
@@ -57,7 +58,7 @@ def run(config: Config, started: float, app: str = engines.CLIENT_APP) -> dict[s
 
         job = ConfigRecord({messages.EXPERIMENT: config.to_json()})
         noisy = ConfigRecord(dict(job))
-        if guard:
+        if guard is not None and guard.noise_multipliers:
             noisy[messages.NOISE] = guard.noise_multipliers
         rounds = partial(
             strategy.start,
@@ -87,6 +88,7 @@ def make_strategy(config: Config) -> LoRAStrategy:
         min_available_nodes=config.clients,
         fraction_evaluate=1.0 if config.evaluate.holdout else 0.0,
         evaluate_every=config.evaluate.every,
+        poisson=config.poisson,
     )
 
 

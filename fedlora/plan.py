@@ -19,17 +19,21 @@ from fedlora.workbench import Workbench
 from strategies import LoRAStrategy
 
 if TYPE_CHECKING:
-    from fedlora.privacy.ledger import Ledger
+    from fedlora.privacy.dp_fedavg import UserGuard
     from fedlora.privacy.record_level import Guard
 
 Derived = list[tuple[str, str, str]]  # name, value, reason
 
 
-def guard(bench: Workbench, save: Callable[[Ledger], None] = lambda ledger: None) -> Guard | None:
-    """The guard of a private run, every client's σ derived; None with privacy=none."""
+def guard(bench: Workbench, save: Callable[[Any], None] = lambda ledger: None) -> Guard | UserGuard | None:
+    """What keeps a private run's budget, its noise derived; None with privacy=none. `save` is given its ledger."""
     config = bench.config
     if config.privacy.name == "none":
         return None
+    if config.privacy.name == "user":
+        from fedlora.privacy.dp_fedavg import UserGuard
+
+        return UserGuard(config.privacy, config.clients, config.cohort_size, config.rounds, config.seed, save)
     from fedlora.privacy.record_level import Client, Guard
 
     drawn = schedule(config.seed, config.rounds, config.clients, config.cohort_size)
@@ -41,7 +45,7 @@ def guard(bench: Workbench, save: Callable[[Ledger], None] = lambda ledger: None
     return Guard(config.privacy, clients, config.rounds, config.cohort_size / config.clients, save)
 
 
-def derive(bench: Workbench, strategy: LoRAStrategy, state: ServerState, guard: Guard | None) -> Derived:
+def derive(bench: Workbench, strategy: LoRAStrategy, state: ServerState, guard: Guard | UserGuard | None) -> Derived:
     """Every value that follows from the settings and the data, with its reason."""
     config, model = bench.config, bench.model
     counts = np.array([len(bench.examples_of(client)[0]) for client in range(config.clients)])
@@ -77,9 +81,9 @@ def cost(bench: Workbench, strategy: LoRAStrategy, state: ServerState) -> Derive
     """Bytes, steps and memory of the whole run; the memory of a step is measured by one forward pass, not guessed."""
     config = bench.config
     up, down = bytes_sent(state, strategy.trains), bytes_sent(state, "AB")
-    trainings = config.rounds * config.cohort_size
+    rounds = schedule(config.seed, config.rounds, config.clients, config.cohort_size, config.poisson)
+    trainings = rounds.total()
     counts = [len(bench.examples_of(client)[0]) for client in range(config.clients)]
-    rounds = schedule(config.seed, config.rounds, config.clients, config.cohort_size)
     steps = sum(local_steps(config.train, counts[client]) * times for client, times in rounds.items())
     weights = sum(p.numel() * p.element_size() for p in bench.model.peft.parameters())
     trained = sum(array.size for array in sent(state, strategy.trains)) * 4

@@ -75,7 +75,7 @@ def _check_train(train: TrainConfig) -> None:
 
 def _check_privacy(config: Config) -> None:
     privacy = config.privacy
-    check.one_of(("none", "record"), **{"privacy.name": privacy.name})
+    check.one_of(("none", "record", "user"), **{"privacy.name": privacy.name})
     check.one_of(("schedule", "worst", "expected"), **{"privacy.participation": privacy.participation})
     check.one_of(("prv", "rdp"), **{"privacy.accountant": privacy.accountant})
     check.positive(**{"privacy.delta": privacy.delta})
@@ -87,10 +87,15 @@ def _check_privacy(config: Config) -> None:
         check.not_negative(**{"privacy.noise_multiplier": privacy.noise_multiplier})
     if privacy.name == "none":
         if privacy.epsilon is not None or privacy.noise_multiplier is not None:
-            raise ConfigError("privacy.epsilon and privacy.noise_multiplier need privacy=record; add it or remove them")
+            raise ConfigError("privacy.epsilon and privacy.noise_multiplier need privacy=record or user; add it or remove them")
         return
     if privacy.epsilon is None and privacy.noise_multiplier is None:
-        raise ConfigError("privacy=record needs privacy.epsilon=<budget> or privacy.noise_multiplier=<σ>")
+        raise ConfigError(f"privacy={privacy.name} needs privacy.epsilon=<budget> or privacy.noise_multiplier=<σ>")
+    if privacy.name == "user":
+        check.one_of(("poisson", "fixed", "none"), **{"privacy.sampling": privacy.sampling})
+        if privacy.epsilon is not None and privacy.noise_multiplier is not None:
+            raise ConfigError("privacy=user takes privacy.epsilon or privacy.noise_multiplier, not both; remove one")
+        return
     if config.train.max_grad_norm is not None:
         raise ConfigError(
             f"train.max_grad_norm={config.train.max_grad_norm} clips whole batches, which bounds no record's part; "

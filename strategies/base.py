@@ -53,7 +53,8 @@ class LoRAStrategy(FlowerFedAvg):
     `init` names how the runtime draws A (kaiming, orthonormal or pissa; B starts at zero), `scale` is alpha / rank,
     `seed` draws the cohorts, `min_success` is the share of a cohort that must return a usable update (a round below it
     raises RunError), `patience` the seconds to wait for `min_available_nodes` to come online, `evaluate_every` the rounds
-    from one evaluation on the clients to the next.
+    from one evaluation on the clients to the next. With `poisson` every node is drawn by itself, with the probability
+    `fraction_train` gives it, so that cohorts vary in size.
     """
 
     trains: ClassVar[str] = "AB"  # what a client updates and sends: "AB", "B", "A" or "R"
@@ -69,6 +70,7 @@ class LoRAStrategy(FlowerFedAvg):
         min_success: float = 0.5,
         patience: float = 600.0,
         evaluate_every: int = 1,
+        poisson: bool = False,
         **flower: Any,
     ) -> None:
         evaluated = flower.pop("fraction_evaluate", 0.0)
@@ -81,6 +83,9 @@ class LoRAStrategy(FlowerFedAvg):
         self.report: RoundReport | None = None  # of the newest round
         # Called with each round's cohort before anything is sent; returns who takes part (a budget may be spent).
         self.admit: Callable[[int, list[int]], list[int]] = lambda round, cohort: cohort
+        # Where set, turns what clients sent into what may be merged, an empty list too (user-level privacy).
+        self.release: Callable[[ServerState, list[Update], int, str], list[Update]] | None = None
+        self.poisson = poisson
         self._clients: dict[int, int] = {}  # node id → client
         self._named = False  # whether any node has said which client it is
         self._sent: list[Message] = []
@@ -100,8 +105,9 @@ class LoRAStrategy(FlowerFedAvg):
         sent = messages.state_of(arrays, self.scale)
         self.state = replace(self.state, adapters=sent.adapters, dense=sent.dense) if self.state else sent
         nodes = self._roll_call(grid)
-        cohort = self.admit(server_round, draw_cohort(self.seed, server_round, sorted(nodes), self._size(len(nodes))))
-        if not cohort:
+        drawn = draw_cohort(self.seed, server_round, sorted(nodes), self._size(len(nodes)), self.poisson)
+        cohort = self.admit(server_round, drawn)
+        if not cohort and self.release is None:
             raise RunError(f"round {server_round}: no client that was drawn may take part any more")
         self._sent = self._messages(arrays, config, server_round, [nodes[c] for c in cohort], MessageType.TRAIN)
         down = sum(messages.array_bytes(message.content) for message in self._sent)
@@ -116,16 +122,18 @@ class LoRAStrategy(FlowerFedAvg):
         updates = self._receive(list(replies))
         received_at = time.perf_counter()
         report.seconds_train = received_at - report.sent_at
-        needed = max(1, int(np.ceil(round(self.min_success * len(report.cohort), 9))))  # .55 of 20 is 11
+        needed = int(np.ceil(round(self.min_success * len(report.cohort), 9)))  # .55 of 20 is 11
+        needed = max(needed, 1 if self.release is None else 0)  # without a release there is nothing to merge in nothing
         if len(updates) < needed:
             reasons = "; ".join(f"client {c}: {why}" for c, why in list(report.drops.items())[:3])
             raise RunError(
                 f"round {server_round}: {len(updates)} of {len(report.cohort)} clients returned a usable update, "
                 f"min_success={self.min_success} asks for {needed} ({reasons})"
             )
-        self.state = self.merge(replace(before, dense=average_dense(updates)), updates, server_round)
+        merged = self.release(before, updates, server_round, self.trains) if self.release else updates
+        self.state = self.merge(replace(before, dense=average_dense(merged)), merged, server_round)
         report.seconds_merge = time.perf_counter() - received_at
-        report.metrics |= geometry(before, self.state, updates) | client_metrics(updates)
+        report.metrics |= geometry(before, self.state, merged) | client_metrics(updates)
         return messages.pack(self.state.adapters, self.state.dense), MetricRecord(dict(report.metrics))
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:

@@ -11,6 +11,8 @@ from strategies.updates import layers, shares
 
 def client_metrics(updates: list[Update]) -> dict[str, float]:
     """Averages, weighted by examples, of what every client measured of its own training, as `client_<name>`."""
+    if not updates:
+        return {}
     p, first = shares(updates), updates[0].metrics
     names = [name for name in first if name != messages.CLIENT and all(name in u.metrics for u in updates)]
     return {f"client_{name}": float(p @ np.array([u.metrics[name] for u in updates])) for name in names}

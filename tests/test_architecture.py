@@ -32,7 +32,7 @@ ALLOWED = {
     "fedlora.engines": {"fedlora.check", "fedlora.config", "fedlora.workbench"},
     "fedlora.workbench": {"fedlora.check", "fedlora.config", "fedlora.data", "fedlora.models"},
     "fedlora.report": {"fedlora.config", "fedlora.records"},
-    "fedlora.privacy": {"fedlora.check", "fedlora.config"},
+    "fedlora.privacy": {"fedlora.check", "fedlora.config", "fedlora.lowrank", "fedlora.messages", "fedlora.seeds"},
     "strategies": {"fedlora.check", "fedlora.lowrank", "fedlora.messages", "fedlora.participation"},
     "clients": {
         "fedlora.config",

@@ -105,7 +105,7 @@ def test_a_run_whose_clients_have_all_spent_their_budget_ends_and_says_so(small)
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"privacy__name": "none", "privacy__epsilon": 1.0}, "need privacy=record"),
+        ({"privacy__name": "none", "privacy__epsilon": 1.0}, "need privacy=record or user"),
         ({}, "privacy=record needs privacy.epsilon=<budget> or privacy.noise_multiplier=<σ>"),
         ({"privacy__epsilon": 0.0}, "privacy.epsilon=0.0 is out of range"),
         ({"privacy__epsilon": 1.0, "privacy__delta": 1.5}, "privacy.delta=1.5 is out of range"),

@@ -33,6 +33,8 @@ class Guard:
     `save` is called with the ledger whenever it has changed, before anything is sent.
     """
 
+    release = None  # what a client sends is private already
+
     def __init__(
         self, config: PrivacyConfig, clients: list[Client], rounds: int, fraction: float, save: Callable[[Ledger], None]
     ) -> None:

@@ -1,0 +1,132 @@
+"""User-level privacy (DP-FedAvg; McMahan et al., 2018): whole clients are protected, by the server.
+
+    Δ_k = what client k sent − what was broadcast
+    released = (Σ_k Δ_k · min(1, S / ‖Δ_k‖) + N(0, (zS)² I)) / m,    m the expected cohort
+
+Clip and noise act on exactly what the server receives, before `merge`, so every strategy composes with it: it merges the one
+update that the release amounts to. A strategy that needs each client's factors (LoRA-FAIR) then has nothing to correct.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fedlora import seeds
+from fedlora.config import PrivacyConfig
+from fedlora.lowrank import Adapters, Pair
+from fedlora.messages import ServerState, Update
+from fedlora.privacy.user_level import user_epsilon, user_noise_multiplier
+
+Arrays = dict[tuple[str, str], np.ndarray]  # (layer, factor), or (name, "") for a dense array → float64
+
+
+@dataclass
+class UserLedger:
+    """Everything that the ε of a user-level run depends on; the same for every client."""
+
+    noise_multiplier: float  # z
+    clients: int
+    cohort: int  # expected size m
+    sampling: str  # poisson, fixed or none
+    rounds: int = 0  # released so far
+
+    def epsilon(self, delta: float) -> float:
+        """ε spent at δ by every client, whether it was drawn or not."""
+        arguments = (self.noise_multiplier, self.clients, self.cohort, self.rounds, delta, self.sampling)
+        return user_epsilon(*arguments)
+
+    def save(self, path: Path) -> None:
+        """Write the ledger to a file."""
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+class UserGuard:
+    """Releases each round's sum and keeps its ledger, written ahead.
+
+    `save` is called with the ledger before anything of a round is sent.
+    """
+
+    noise_multipliers: list[float] = []  # clients add none; the server does
+
+    def __init__(
+        self, config: PrivacyConfig, clients: int, cohort: int, rounds: int, seed: int, save: Callable[[UserLedger], None]
+    ) -> None:
+        self.config, self.rounds, self.seed, self.save = config, rounds, seed, save
+        z = config.noise_multiplier
+        if z is None:
+            assert config.epsilon is not None  # the configuration was checked
+            z = user_noise_multiplier(config.epsilon, clients, cohort, rounds, config.delta, config.sampling)
+        self.ledger = UserLedger(z, clients, cohort, config.sampling)
+        self.measured: dict[str, float] = {}  # of the newest round, for diagnosis; not private
+
+    def admit(self, round: int, cohort: list[int]) -> list[int]:
+        """The whole cohort; the round is in the ledger when this returns."""
+        self.ledger.rounds += 1
+        self.save(self.ledger)
+        return cohort
+
+    def release(self, state: ServerState, updates: list[Update], round: int, trains: str) -> list[Update]:
+        """The noisy clipped sum over the expected cohort, as the one update that is merged.
+
+        Guarantee: adding or removing one client moves the sum before noise by at most S in Euclidean norm, over all that a
+        client sends together. No client at all (an empty Poisson cohort) is a release of noise alone.
+        """
+        start = _arrays(state.adapters, state.dense, trains)
+        clip, sigma = self.config.clip, self.ledger.noise_multiplier * self.config.clip
+        total = {key: np.zeros_like(array) for key, array in start.items()}
+        norms = []
+        for update in updates:
+            sent = _arrays(update.adapters, update.dense, trains)
+            delta = {key: sent[key] - start[key] for key in start}
+            norms.append(_norm(delta))
+            factor = min(1.0, clip / norms[-1]) if norms[-1] else 1.0
+            for key, array in delta.items():
+                total[key] += factor * array
+        rng = seeds.stream(self.seed, "noise", round=round)
+        dimensions = sum(array.size for array in total.values())
+        self.measured = {
+            "updates_clipped": float(np.mean([norm > clip for norm in norms])) if norms else 0.0,
+            "update_norm_mean": float(np.mean(norms)) if norms else 0.0,
+            "signal_to_noise": _norm(total) / (sigma * np.sqrt(dimensions)) if sigma else float("inf"),
+        }
+        moved = {
+            key: start[key] + (array + sigma * rng.standard_normal(array.shape)) / self.ledger.cohort
+            for key, array in total.items()
+        }
+        return [_update(state, moved)]
+
+    def spent(self) -> dict[str, float]:
+        """ε so far, the same for every client, and the newest round's diagnostics."""
+        return {"epsilon_max": self.ledger.epsilon(self.config.delta)} | self.measured
+
+    def derivation(self) -> tuple[str, str, str]:
+        """How z came about, as (name, value, reason)."""
+        ledger, config = self.ledger, self.config
+        how = f"{config.sampling} sampling of {ledger.cohort} of {ledger.clients} clients, {self.rounds} rounds"
+        if config.noise_multiplier is not None:
+            return "z", f"{ledger.noise_multiplier:.3g}", f"privacy.noise_multiplier, {how}"
+        return "z", f"{ledger.noise_multiplier:.3g}", f"ε = {config.epsilon:g}, δ = {config.delta:g}, user level, {how}"
+
+
+def _arrays(adapters: Adapters, dense: dict[str, np.ndarray], trains: str) -> Arrays:
+    """What a client sends: the trained factors of every layer and the dense arrays."""
+    factors = {(layer, f): getattr(pair, f) for layer, pair in adapters.items() for f in trains}
+    return {key: array.astype(np.float64) for key, array in (factors | {(n, ""): a for n, a in dense.items()}).items()}
+
+
+def _norm(arrays: Arrays) -> float:
+    return float(np.sqrt(sum(np.sum(array**2) for array in arrays.values())))
+
+
+def _update(state: ServerState, arrays: Arrays) -> Update:
+    """The arrays as one client's update, in the dtypes of the state; a factor that is not trained is the broadcast one."""
+    adapters = {
+        layer: Pair(*(arrays[layer, f].astype(own.dtype) if (layer, f) in arrays else own for f, own in pair._asdict().items()))
+        for layer, pair in state.adapters.items()
+    }
+    return Update(-1, 1, adapters, {name: arrays[name, ""].astype(own.dtype) for name, own in state.dense.items()})

@@ -1,0 +1,125 @@
+"""User-level privacy: one client's whole update is bounded, the noise is right, and every strategy merges the release."""
+
+import json
+
+import numpy as np
+import pytest
+
+import strategies
+from fedlora import experiment, records
+from fedlora.config import PrivacyConfig
+from fedlora.lowrank import Pair
+from fedlora.messages import ServerState, Update
+from fedlora.participation import draw_cohort, schedule
+from fedlora.privacy.dp_fedavg import UserGuard
+from fedlora.privacy.user_level import user_epsilon
+from tests.test_experiment import rows_of
+
+
+def guard(noise=0.0, clip=1.0, cohort=4, **settings) -> UserGuard:
+    config = PrivacyConfig("user", noise_multiplier=noise, clip=clip, **settings)
+    return UserGuard(config, clients=10, cohort=cohort, rounds=5, seed=0, save=lambda ledger: None)
+
+
+def a_state(rng, size=6) -> ServerState:
+    layers = {name: Pair(rng.standard_normal((2, size)), rng.standard_normal((size, 2))) for name in ("k", "q")}
+    return ServerState(layers, {"head": rng.standard_normal(3)})
+
+
+def an_update(rng, state, client, step, trains="AB") -> Update:
+    def moved(array, factor=True):
+        return array + step * rng.standard_normal(array.shape) if factor else array
+
+    adapters = {name: Pair(moved(p.A, "A" in trains), moved(p.B, "B" in trains)) for name, p in state.adapters.items()}
+    return Update(client, 5 + client, adapters, {name: moved(array) for name, array in state.dense.items()})
+
+
+def flat(update: Update | ServerState) -> np.ndarray:
+    arrays = [array for pair in update.adapters.values() for array in pair] + list(update.dense.values())
+    return np.concatenate([array.ravel() for array in arrays])
+
+
+@pytest.mark.parametrize("step", [1e-3, 10.0])
+def test_one_client_moves_the_sum_by_at_most_the_clip_over_all_that_it_sends(step) -> None:
+    rng = np.random.default_rng(0)
+    state, one = a_state(rng), guard(clip=0.5)
+    updates = [an_update(rng, state, client, step) for client in range(4)]
+    whole = flat(one.release(state, updates, 1, "AB")[0])
+    moves = []
+    for left_out in range(4):
+        rest = [update for update in updates if update.client != left_out]
+        moves.append(4 * np.linalg.norm(whole - flat(one.release(state, rest, 1, "AB")[0])))
+    assert max(moves) <= 0.5 * (1 + 1e-9)
+    assert (max(moves) > 0.499) == (step == 10.0)  # short updates are left as they are
+
+
+def test_without_noise_and_bound_it_is_the_uniform_mean_whatever_the_sizes() -> None:
+    rng = np.random.default_rng(1)
+    state = a_state(rng)
+    updates = [an_update(rng, state, client, 1.0) for client in range(4)]
+    (released,) = guard(clip=1e9).release(state, updates, 1, "AB")
+    np.testing.assert_allclose(flat(released), np.mean([flat(update) for update in updates], axis=0), atol=1e-9)
+    assert released.examples == 1
+
+
+def test_the_expected_cohort_divides_even_where_fewer_came() -> None:
+    rng = np.random.default_rng(2)
+    state = a_state(rng)
+    updates = [an_update(rng, state, 0, 1.0)]
+    (released,) = guard(clip=1e9).release(state, updates, 1, "AB")
+    np.testing.assert_allclose(flat(released) - flat(state), (flat(updates[0]) - flat(state)) / 4, atol=1e-9)
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_noise_is_z_times_the_clip_on_every_coordinate_that_is_sent_and_on_no_other(count) -> None:
+    rng = np.random.default_rng(3)
+    state = a_state(rng, size=4000)
+    updates = [an_update(rng, state, client, 1.0, "B") for client in range(count)]
+    quiet, noisy = (guard(z, clip=2.0).release(state, updates, 1, "B")[0] for z in (0.0, 1.5))
+    for name in state.adapters:
+        assert np.array_equal(noisy.adapters[name].A, state.adapters[name].A)
+        noise = 4 * (noisy.adapters[name].B - quiet.adapters[name].B)
+        assert np.std(noise) == pytest.approx(3.0, rel=0.03) and abs(noise.mean()) < 4 * 3.0 / np.sqrt(noise.size)
+    assert not np.array_equal(noisy.dense["head"], quiet.dense["head"])
+    other = guard(1.5, clip=2.0).release(state, updates, 2, "B")[0]
+    first, second = (4 * (u.adapters["q"].B - quiet.adapters["q"].B).ravel() for u in (noisy, other))
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.05
+
+
+@pytest.mark.parametrize("name", strategies.names())
+def test_every_strategy_merges_the_release(name) -> None:
+    rng = np.random.default_rng(4)
+    strategy, state = strategies.make(name), a_state(rng)
+    updates = [an_update(rng, state, client, 0.1, strategy.trains) for client in range(4)]
+    released = guard(0.5).release(state, updates, 1, strategy.trains)
+    merged = strategy.merge(state, released, 1)
+    for layer, pair in released[0].adapters.items():  # one client is a fixed point of the product
+        np.testing.assert_allclose(merged.adapters[layer].B @ merged.adapters[layer].A, pair.B @ pair.A, atol=1e-6)
+
+
+def test_poisson_cohorts_have_the_rate_and_may_be_empty() -> None:
+    everyone = list(range(50))
+    cohorts = [draw_cohort(0, round, everyone, 5, poisson=True) for round in range(1, 2001)]
+    counts = np.bincount(np.concatenate([np.array(c, int) for c in cohorts]), minlength=50)
+    assert np.abs(counts / 2000 - 0.1).max() < 5 * np.sqrt(0.09 / 2000)
+    assert len({len(cohort) for cohort in cohorts}) > 5 and min(map(len, cohorts)) == 0
+    assert schedule(0, 10, 50, 5, poisson=True).total() == sum(map(len, cohorts[:10]))
+
+
+@pytest.mark.parametrize("strategy", ["fedsvd", "lora_fair"])
+@pytest.mark.parametrize("sampling", ["poisson", "fixed"])
+def test_a_private_run_keeps_its_budget_and_its_books(small, strategy, sampling) -> None:
+    config = small(
+        privacy__name="user", privacy__epsilon=8.0, privacy__delta=1e-2, privacy__sampling=sampling, rounds=6,
+        clients_per_round=1, strategy={"name": strategy}, train__lr=0.1, adapter__train_head=True,
+    )  # fmt: skip
+    experiment.run(config, 0.0)
+    rows = rows_of(config)
+    sizes = [len(row["cohort"]) for row in rows[1:]]
+    assert (0 in sizes) == (sampling == "poisson")  # an empty cohort is a round of noise, and the run goes on
+    spent = [row["epsilon_max"] for row in rows]
+    assert spent[0] == 0.0 and spent == sorted(spent) and 7.9 <= spent[-1] <= 8.0
+    ledger = json.loads((records.Recorder(config).folder / "privacy.json").read_text())
+    z = ledger["noise_multiplier"]
+    assert ledger["rounds"] == 6 and user_epsilon(z, 6, 1, 6, 1e-2, sampling) == pytest.approx(spent[-1])
+    assert all(row["update_norm"] > 0 for row in rows[1:])
