@@ -85,7 +85,7 @@ def _mechanism(config: Config, job: ConfigRecord, client: int) -> Mechanism | No
     from clients.private import Mechanism
 
     sigmas = job[messages.NOISE]
-    return Mechanism(sigmas[client], config.privacy.clip, config.train.batch_size)  # type: ignore[index, arg-type]
+    return Mechanism(sigmas[client], config.privacy.clip)  # type: ignore[index, arg-type]
 
 
 def _client(context: Context) -> int:

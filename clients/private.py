@@ -17,7 +17,7 @@ from opacus.grad_sample import GradSampleHooks
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
-from clients.train import mean, sampling_rate
+from clients.train import mean
 from fedlora import seeds
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.encode import Encoded
@@ -29,20 +29,6 @@ class Mechanism:
 
     noise_multiplier: float  # σ; 0 clips only
     clip: float  # C, the bound on the norm of one record's gradient
-    batch_size: int  # expected size of a batch
-
-    def rate(self, examples: int) -> float:
-        """q, the probability with which a step takes each of a client's `examples`."""
-        return sampling_rate(self.batch_size, examples)
-
-
-def poisson(indices: np.ndarray, rate: float, steps: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """`steps` batches that take each index with probability `rate`, independently; a batch may be empty.
-
-    Guarantee: the sampling that the accountants of `fedlora.privacy` assume, with q exactly `rate`.
-    """
-    for _ in range(steps):
-        yield indices[rng.random(len(indices)) < rate]
 
 
 @dataclass
@@ -58,6 +44,8 @@ class PrivateStep:
     optimizer: DPOptimizer
     physical: int
     norms: list[Tensor] = field(default_factory=list)  # of single records' gradients, before clipping; a diagnostic
+    variance: float = 0.0  # of the noise in each coordinate so far, where it is known: plain SGD; a diagnostic
+    noise: dict[nn.Parameter, Tensor] = field(default_factory=dict)  # the noise itself, summed over the steps
 
     def __call__(self, batch: np.ndarray) -> Tensor:
         """Descend once; returns the losses of the records, shape (len(batch),), for diagnosis."""
@@ -76,14 +64,38 @@ class PrivateStep:
         return torch.cat(losses) if losses else torch.zeros(0)
 
     def diagnose(self) -> dict[str, float]:
-        """Mean norm of single records' gradients and the share that was clipped; not private, for simulations only."""
+        """What no ε covers and a simulation may look at: docs/metrics.md has the formulas.
+
+        Mean norm of single records' gradients, the share that was clipped, and, under plain SGD, the standard deviation of
+        the noise in each coordinate, and how large that noise is in B·A: as it was drawn, and as the formula foretells it.
+        """
         norms = torch.cat([*self.norms, torch.zeros(0)])
-        return {"gradient_norm": mean([norms]), "clipped": mean([(norms > self.optimizer.max_grad_norm).float()])}
+        shared = {"gradient_norm": mean([norms]), "clipped": mean([(norms > self.optimizer.max_grad_norm).float()])}
+        if not self.noise:
+            return shared
+        drawn, foretold = self.model.noise_in_products(self.noise, self.variance)
+        return shared | {"noise_std": self.variance**0.5, "noise_product": drawn, "noise_product_expected": foretold}
 
     def _step(self, last: bool) -> None:
         self.optimizer.signal_skip_step(do_skip=not last)
         self.optimizer.step()
+        if last and plain(self.optimizer.original_optimizer):
+            self._record_noise()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _record_noise(self) -> None:
+        """Adds this step's noise: Opacus leaves p.grad = (clipped sum + noise) / (q·n) and the sum in p.summed_grad."""
+        lr, expected = self.optimizer.param_groups[0]["lr"], self.optimizer.expected_batch_size
+        self.variance += (lr * self.optimizer.noise_multiplier * self.optimizer.max_grad_norm / expected) ** 2
+        for parameter in self.optimizer.params:
+            moved = -lr * (parameter.grad - parameter.summed_grad / expected)
+            self.noise[parameter] = self.noise.get(parameter, 0) + moved
+
+
+def plain(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether noise passes through the optimiser as it is, scaled by lr: SGD without momentum and weight decay."""
+    group = optimizer.param_groups[0]
+    return isinstance(optimizer, torch.optim.SGD) and not group["momentum"] and not group["weight_decay"]
 
 
 def record_norms(parameters: list[nn.Parameter]) -> Tensor:
@@ -98,11 +110,11 @@ def private_step(
     examples: Encoded,
     optimizer: torch.optim.Optimizer,
     mechanism: Mechanism,
-    count: int,
+    expected: float,
     physical: int,
     streams: tuple[int, int, int],
 ) -> Iterator[PrivateStep]:
-    """A `PrivateStep` for a client with `count` examples; the model's hooks are there only as long as this lasts."""
+    """A `PrivateStep` that divides by `expected` = q·n, whole or not; the model's hooks are there only as long as it lasts."""
     seed, client, round = streams
     generator = torch.Generator(device=model.device)
     generator.manual_seed(seeds.torch_seed(seed, "noise", client, round))
@@ -118,7 +130,7 @@ def private_step(
                     optimizer,
                     noise_multiplier=mechanism.noise_multiplier,
                     max_grad_norm=mechanism.clip,
-                    expected_batch_size=mechanism.rate(count) * count,
+                    expected_batch_size=expected,
                     loss_reduction="mean",
                     generator=generator,
                 ),

@@ -48,15 +48,19 @@ def train(
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng())  # dropout draws from torch's global generator
         torch.manual_seed(seeds.torch_seed(seed, "dropout", client, round))
+        q = sampling_rate(settings.batch_size, len(indices))
+        expected = q * len(indices)
+        by_chance = mechanism is not None or settings.sampling == "poisson"
+        draws = poisson(indices, q, steps, rng) if by_chance else batches(indices, settings.batch_size, steps, rng)
         descend: PlainStep | PrivateStep
         if mechanism is None:
-            draws = batches(indices, settings.batch_size, steps, rng)
-            descend = PlainStep(model, examples, parameters, optimizer, settings.max_grad_norm, physical)
+            descend = PlainStep(
+                model, examples, parameters, optimizer, settings.max_grad_norm, physical, expected if by_chance else None
+            )
         else:
-            from clients.private import poisson, private_step
+            from clients.private import private_step
 
-            draws = poisson(indices, mechanism.rate(len(indices)), steps, rng)
-            private = private_step(model, examples, optimizer, mechanism, len(indices), physical, streams)
+            private = private_step(model, examples, optimizer, mechanism, expected, physical, streams)
             descend = stack.enter_context(private)
         for step, batch in enumerate(draws):
             for group in optimizer.param_groups:
@@ -75,16 +79,21 @@ class PlainStep:
     optimizer: torch.optim.Optimizer
     max_grad_norm: float | None
     physical: int
+    expected: float | None = None  # what the sum over a Poisson batch is divided by; none: the examples there are
 
     def __call__(self, batch: np.ndarray) -> Tensor:
-        """Descend once; returns the batch's mean loss, shape (1,)."""
+        """Descend once; returns the batch's loss over what it is divided by, shape (1,)."""
         total = torch.zeros(1)
         self.optimizer.zero_grad(set_to_none=True)
         for start in range(0, len(batch), self.physical):
             part = batch[start : start + self.physical]
-            loss = self.model.forward(self.examples.batch(part, self.model.device)).loss * (len(part) / len(batch))
+            loss = self.model.forward(self.examples.batch(part, self.model.device)).loss * (
+                len(part) / (self.expected or len(batch))
+            )
             loss.backward()
             total += loss.detach().cpu()
+        for parameter in self.parameters if not len(batch) else ():
+            parameter.grad = torch.zeros_like(parameter)  # an empty draw is a step too: weight decay and moments act
         if self.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         self.optimizer.step()
@@ -112,6 +121,15 @@ def local_steps(settings: TrainConfig, examples: int) -> int:
 def sampling_rate(batch_size: int, examples: int) -> float:
     """q = min(1, batch_size / examples), the Poisson rate of a private step."""
     return min(1.0, batch_size / examples)
+
+
+def poisson(indices: np.ndarray, rate: float, steps: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """`steps` batches that take each index with probability `rate`, independently; a batch may be empty.
+
+    Guarantee: the sampling that the accountants of `fedlora.privacy` assume, with q exactly `rate`.
+    """
+    for _ in range(steps):
+        yield indices[rng.random(len(indices)) < rate]
 
 
 def batches(indices: np.ndarray, size: int, steps: int, rng: np.random.Generator) -> Iterator[np.ndarray]:

@@ -78,6 +78,7 @@ class TrainConfig:
     steps: int | None = setting(10, "local optimiser steps a round; none with train.epochs")
     epochs: int | None = setting(None, "local passes over the client's data a round, instead of train.steps")
     batch_size: int = setting(16, "examples a step (a smaller client uses all it has)")
+    sampling: str = setting("shuffle", "shuffle (passes over the data) or poisson, which privacy=record always uses")
     optimizer: str = setting("sgd", "sgd or adamw")
     lr: float = setting(0.5, "learning rate")
     momentum: float = setting(0.0, "sgd: momentum, fresh in every round")

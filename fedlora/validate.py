@@ -60,6 +60,7 @@ def _check_train(train: TrainConfig) -> None:
         check.positive(**{"train.steps": train.steps})
     check.positive(**{"train.batch_size": train.batch_size})
     check.positive(**{"train.lr": train.lr})
+    check.one_of(("shuffle", "poisson"), **{"train.sampling": train.sampling})
     check.one_of(("sgd", "adamw"), **{"train.optimizer": train.optimizer})
     check.one_of(("constant", "linear", "cosine"), **{"train.schedule": train.schedule})
     check.below_one(**{"train.momentum": train.momentum})

@@ -21,7 +21,7 @@ from fedlora import check, messages
 from fedlora.check import RunError
 from fedlora.messages import ServerState, Update
 from fedlora.participation import draw_cohort
-from strategies.metrics import client_metrics, geometry
+from strategies.metrics import client_metrics, geometry, signal_to_noise
 from strategies.updates import average_dense, read_update
 
 
@@ -133,7 +133,7 @@ class LoRAStrategy(FlowerFedAvg):
         merged = self.release(before, updates, server_round, self.trains) if self.release else updates
         self.state = self.merge(replace(before, dense=average_dense(merged)), merged, server_round)
         report.seconds_merge = time.perf_counter() - received_at
-        report.metrics |= geometry(before, self.state, merged) | client_metrics(updates)
+        report.metrics |= geometry(before, self.state, merged) | client_metrics(updates) | signal_to_noise(before, updates)
         return messages.pack(self.state.adapters, self.state.dense), MetricRecord(dict(report.metrics))
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:

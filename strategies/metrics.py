@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from fedlora import lowrank, messages
@@ -16,6 +18,34 @@ def client_metrics(updates: list[Update]) -> dict[str, float]:
     p, first = shares(updates), updates[0].metrics
     names = [name for name in first if name != messages.CLIENT and all(name in u.metrics for u in updates)]
     return {f"client_{name}": float(p @ np.array([u.metrics[name] for u in updates])) for name in names}
+
+
+def signal_to_noise(before: ServerState, updates: list[Update]) -> dict[str, float]:
+    """‖Σ p_k X_k − X‖ over the norm that noise alone is expected to give it, X all that clients send; plain SGD under DP only.
+
+    Every client says its noise's standard deviation s_k in each coordinate; that of the average is √Σ p_k² s_k².
+    """
+    if not updates or any(not update.metrics.get("noise_std") for update in updates):
+        return {}
+    p = shares(updates)
+    std = float(np.sqrt(np.sum((p * np.array([update.metrics["noise_std"] for update in updates])) ** 2)))
+    moved, dimensions = 0.0, 0
+    for sent, start in _sent(before, updates):
+        average = lowrank.average(sent, p)
+        moved += float(np.sum((average - start.astype(np.float64)) ** 2))
+        dimensions += start.size
+    return {"signal_to_noise": float(np.sqrt(moved / dimensions)) / std} if dimensions else {}
+
+
+def _sent(before: ServerState, updates: list[Update]) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
+    """What the clients changed, array by array, beside what they started from; a factor that nobody changed is left out."""
+    for layer, pair in before.adapters.items():
+        for factor, start in pair._asdict().items():
+            sent = [getattr(update.adapters[layer], factor) for update in updates]
+            if any(not np.array_equal(array, start) for array in sent):
+                yield sent, start
+    for name, start in before.dense.items():
+        yield [update.dense[name] for update in updates], start
 
 
 def geometry(before: ServerState, after: ServerState, updates: list[Update]) -> dict[str, float]:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from clients.private import Mechanism, poisson
-from clients.train import sampling_rate, train
+from clients.private import Mechanism
+from clients.train import poisson, sampling_rate, train
 from fedlora import seeds, workbench
 from fedlora.config import TrainConfig
 
@@ -42,19 +42,19 @@ def test_without_noise_one_record_moves_the_sum_by_at_most_the_clip(bench, train
     """With q = 1 the step is the clipped sum over n; one record more or less must change that sum by at most C."""
     everyone, clip = bench.shards[0][:12], 0.05
     settings = {"batch_size": 12, "physical_batch_size": physical}
-    whole, measured = run(bench, Mechanism(0.0, clip, 12), trains, everyone, **settings)
+    whole, measured = run(bench, Mechanism(0.0, clip), trains, everyone, **settings)
     assert measured["clipped"] > 0.8  # the bound is tested where it binds
     changes = []
     for left_out in range(4):
         rest = np.delete(everyone, left_out)
-        without, _ = run(bench, Mechanism(0.0, clip, 11), trains, rest, **settings | {"batch_size": 11})
+        without, _ = run(bench, Mechanism(0.0, clip), trains, rest, **settings | {"batch_size": 11})
         changes.append(length({name: 12 * whole[name] - 11 * without[name] for name in whole}))
     assert 0.99 * clip < max(changes) <= clip * (1 + 1e-3)
 
 
 def test_with_no_noise_and_no_bound_it_is_plain_gradient_descent(bench) -> None:
     indices = bench.shards[0][:10]
-    private, measured = run(bench, Mechanism(0.0, 1e9, 10), "AB", indices, batch_size=10)
+    private, measured = run(bench, Mechanism(0.0, 1e9), "AB", indices, batch_size=10)
     plain, _ = run(bench, None, "AB", indices, batch_size=10)
     assert measured["clipped"] == 0.0
     np.testing.assert_allclose(flat(private), flat(plain), rtol=2e-4, atol=1e-7)
@@ -63,9 +63,9 @@ def test_with_no_noise_and_no_bound_it_is_plain_gradient_descent(bench) -> None:
 def test_noise_has_the_right_size_on_every_coordinate_and_on_empty_batches(bench) -> None:
     indices, sigma, clip = bench.shards[0][:10], 3.0, 0.5
     for batch_size, expected in ((10, 10), (1e-9, 1e-9)):  # the second never draws anybody
-        mechanism = Mechanism(sigma, clip, batch_size)
-        quiet, _ = run(bench, Mechanism(0.0, clip, batch_size), "AB", indices)
-        noise = (flat(run(bench, mechanism, "AB", indices)[0]) - flat(quiet)) * expected
+        quiet, _ = run(bench, Mechanism(0.0, clip), "AB", indices, batch_size=batch_size)
+        loud, _ = run(bench, Mechanism(sigma, clip), "AB", indices, batch_size=batch_size)
+        noise = (flat(loud) - flat(quiet)) * expected
         assert noise.size == 8842
         assert np.std(noise) == pytest.approx(sigma * clip, rel=0.03)
         assert abs(np.mean(noise)) < 4 * sigma * clip / np.sqrt(noise.size)
@@ -73,17 +73,17 @@ def test_noise_has_the_right_size_on_every_coordinate_and_on_empty_batches(bench
 
 
 def test_noise_is_of_one_client_and_one_round(bench) -> None:
-    indices, mechanism = bench.shards[0][:1], Mechanism(1.0, 1.0, 1e-9)
+    indices, mechanism = bench.shards[0][:1], Mechanism(1.0, 1.0)
     keys = ((0, 0, 1), (0, 1, 1), (0, 0, 2), (1, 0, 1))  # (seed, client, round)
-    noise = {streams: flat(run(bench, mechanism, "AB", indices, streams)[0]) for streams in keys}
-    again = flat(run(bench, mechanism, "AB", indices, (0, 0, 1))[0])
+    noise = {streams: flat(run(bench, mechanism, "AB", indices, streams, batch_size=1e-9)[0]) for streams in keys}
+    again = flat(run(bench, mechanism, "AB", indices, (0, 0, 1), batch_size=1e-9)[0])
     assert np.array_equal(again, noise[0, 0, 1])
     correlations = np.corrcoef(list(noise.values())) - np.eye(4)
     assert np.abs(correlations).max() < 0.05  # 4.5 standard deviations over 8,842 coordinates
 
 
 def test_micro_batches_and_the_order_of_records_change_nothing(bench) -> None:
-    indices, mechanism = bench.shards[0][:16], Mechanism(1.0, 0.1, 16)
+    indices, mechanism = bench.shards[0][:16], Mechanism(1.0, 0.1)
     whole, _ = run(bench, mechanism, "AB", indices, batch_size=16, steps=3)
     parts, _ = run(bench, mechanism, "AB", indices, batch_size=16, steps=3, physical_batch_size=5)
     turned, _ = run(bench, mechanism, "AB", indices[::-1].copy(), batch_size=16, steps=3)
@@ -93,7 +93,7 @@ def test_micro_batches_and_the_order_of_records_change_nothing(bench) -> None:
 
 def test_hooks_are_gone_when_a_client_is_done(bench) -> None:
     before, _ = run(bench, None)
-    run(bench, Mechanism(1.0, 1.0, 8))
+    run(bench, Mechanism(1.0, 1.0))
     after, _ = run(bench, None)
     assert np.array_equal(flat(before), flat(after))
     assert not any(getattr(parameter, "grad_sample", None) is not None for parameter in bench.model.peft.parameters())
@@ -118,7 +118,33 @@ def test_the_rate_of_a_small_client_is_one(batch, examples, rate) -> None:
 def test_the_rate_is_used_exactly_and_not_rounded_to_a_batch_size(bench) -> None:
     """Opacus' own loader truncates the expected batch size: here 7 of 12 stays 7, and 2.5 would stay 2.5."""
     indices = bench.shards[0][:12]
-    quiet, _ = run(bench, Mechanism(0.0, 0.01, 2.5), "B", indices)
+    quiet, _ = run(bench, Mechanism(0.0, 0.01), "B", indices, batch_size=2.5)
     drawn = next(poisson(indices, 2.5 / 12, 1, seeds.stream(0, "batches", 0, 1)))
-    alone = [flat(run(bench, Mechanism(0.0, 0.01, 1), "B", np.array([index]))[0]) for index in drawn]  # q = 1, n = 1
+    alone = [flat(run(bench, Mechanism(0.0, 0.01), "B", np.array([index]), batch_size=1)[0]) for index in drawn]
     np.testing.assert_allclose(flat(quiet), np.sum(alone, axis=0) / 2.5, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("physical", [None, 4])
+def test_without_noise_and_bound_private_steps_are_those_of_poisson_sampling(bench, physical) -> None:
+    settings = {"steps": 6, "batch_size": 3, "sampling": "poisson", "physical_batch_size": physical}
+    private, _ = run(bench, Mechanism(0.0, 1e9), "AB", **settings)
+    plain, _ = run(bench, None, "AB", **settings)
+    np.testing.assert_allclose(flat(private), flat(plain), rtol=2e-3, atol=1e-5)
+    shuffled, _ = run(bench, None, "AB", **settings | {"sampling": "shuffle"})
+    assert not np.allclose(flat(private), flat(shuffled), rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("trains", ["AB", "B", "A"])
+@pytest.mark.parametrize("sigma", [0.5, 30.0])
+def test_the_noise_in_the_product_is_what_the_formula_foretells(bench, trains, sigma) -> None:
+    measured = [run(bench, Mechanism(sigma, 0.5), trains, streams=(0, 0, round), steps=4, lr=0.3)[1] for round in range(1, 9)]
+    q_n = 8  # every shard here is larger than a batch
+    assert measured[0]["noise_std"] == pytest.approx(0.3 * sigma * 0.5 / q_n * 2)  # √4 steps
+    drawn = np.sqrt(np.mean([m["noise_product"] ** 2 for m in measured]))
+    foretold = np.sqrt(np.mean([m["noise_product_expected"] ** 2 for m in measured]))
+    assert drawn == pytest.approx(foretold, rel=0.08)
+
+
+def test_noise_is_not_foretold_where_the_optimiser_reshapes_it(bench) -> None:
+    _, measured = run(bench, Mechanism(1.0, 0.5), "B", optimizer="adamw", lr=0.01)
+    assert "noise_product" not in measured and "clipped" in measured

@@ -121,6 +121,24 @@ class AdaptedModel:
         _, values, right = np.linalg.svd(weight, full_matrices=False)
         return (np.sqrt(values[:rank])[:, None] * right[:rank]).astype(np.float32)
 
+    def noise_in_products(self, noise: Mapping[nn.Parameter, Tensor], variance: float) -> tuple[float, float]:
+        """How large the noise in the factors is in scale · B·A: the norm that was drawn, and its root mean square.
+
+        `noise` is what was added to each trained parameter, `variance` that of its coordinates, σ². Over all layers,
+        E‖noise in B·A‖² = scale² Σ [σ²(m‖A‖² + n‖B‖²) + σ⁴·m·n·r] for the factors before noise; the terms of a factor that
+        is not trained are absent.
+        """
+        drawn, foretold = 0.0, 0.0
+        for layer, A in self._A.items():
+            B = self._B[layer]
+            quiet = Pair(_numpy(A - noise.get(A, 0)).astype(np.float64), _numpy(B - noise.get(B, 0)).astype(np.float64))
+            loud = Pair(_numpy(A).astype(np.float64), _numpy(B).astype(np.float64))
+            drawn += lowrank.norm(lowrank.subtract(loud, quiet)) ** 2
+            (r, n), m, in_A, in_B = A.shape, B.shape[0], A in noise, B in noise
+            foretold += variance * (in_B * m * np.sum(quiet.A**2) + in_A * n * np.sum(quiet.B**2))
+            foretold += variance**2 * m * n * r * (in_A and in_B)
+        return self.scale * float(np.sqrt(drawn)), self.scale * float(np.sqrt(foretold))
+
     def save(self, folder: Path) -> None:
         """The adapter in PEFT's own format: `PeftModel.from_pretrained(base, folder)` reads it."""
         with warnings.catch_warnings():
