@@ -165,13 +165,16 @@ def _run(cells: list[Config]) -> int:
 
 def _tabulate(done: list[tuple[Config, dict[str, Any]]]) -> None:
     """Mean and 95 % interval over seeds of every other setting, on the terminal and as CSV beside the cells."""
-    from fedlora import sweep, terminal
+    from fedlora import report, sweep, terminal
 
     rows = sweep.over_seeds(done)
     terminal.sweep_table(rows)
     path = Path(done[0][0].results) / "table.csv"
     sweep.write_table(path, rows)
     terminal.say(f"written to {path}")
+    if curves := sweep.frontier(done):
+        report.draw_frontier(path.with_name("frontier.png"), curves)
+        terminal.say(f"accuracy against ε is drawn in {path.with_name('frontier.png')}")
 
 
 def _plan(cells: list[Config]) -> int:

@@ -47,13 +47,45 @@ def summarise(config: Config, rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def draw_curves(path: Path, rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
-    """A PNG at `path`: accuracy and loss by round, and accuracy by megabytes sent."""
+def draw_frontier(path: Path, curves: dict[str, list[dict[str, Any]]]) -> None:
+    """A PNG at `path`: test accuracy against ε for each curve of `sweep.frontier`, with the band of its 95 % interval.
+
+    ε is on a logarithmic axis; no privacy (ε = ∞) stands at its right end.
+    """
+    pyplot = _pyplot()
+    finite = sorted({row["epsilon"] for curve in curves.values() for row in curve if np.isfinite(row["epsilon"])}) or [1.0]
+    end = finite[-1] * 2.5
+    figure, axis = pyplot.subplots(figsize=(6, 3.8), layout="constrained")
+    for name, curve in curves.items():
+        x = [min(row["epsilon"], end) for row in curve]
+        mean = np.array([row["accuracy"] for row in curve])
+        half = np.array([row["accuracy_ci95"] or 0.0 for row in curve])
+        (line,) = axis.plot(x, mean, marker=".", label=name)
+        axis.fill_between(x, mean - half, mean + half, color=line.get_color(), alpha=0.15, linewidth=0)
+    axis.set_xscale("log")
+    unbounded = any(np.isinf(row["epsilon"]) for curve in curves.values() for row in curve)
+    axis.set_xticks([*finite, end] if unbounded else finite, [f"{e:g}" for e in finite] + (["∞"] if unbounded else []))
+    axis.set_xticks([], minor=True)
+    axis.set(xlabel="ε", ylabel="test accuracy")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120, format="png")
+    pyplot.close(figure)
+
+
+def _pyplot() -> Any:
+    """Matplotlib without a display; it is loaded here, after the training, since it takes a second."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def draw_curves(path: Path, rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+    """A PNG at `path`: accuracy and loss by round, and accuracy by megabytes sent."""
+    pyplot = _pyplot()
     megabytes = np.cumsum([row.get("bytes_up", 0) + row.get("bytes_down", 0) for row in rows]) / 1e6
     evaluated = [(row, sent) for row, sent in zip(rows, megabytes, strict=True) if "accuracy" in row]
     rounds = [row["round"] for row, _ in evaluated]

@@ -48,6 +48,25 @@ def over_seeds(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     return rows
 
 
+def frontier(cells: Sequence[Cell]) -> dict[str, list[dict[str, Any]]]:
+    """Curves of accuracy against ε: name of everything but seed and budget → its rows of `over_seeds`, ε rising.
+
+    Empty where no two budgets were run.
+    """
+    if len({config.privacy.epsilon for config, _ in cells}) < 2:
+        return {}
+    curves: dict[str, dict[float, list[Cell]]] = {}
+    for config, summary in cells:
+        if config.privacy.epsilon is not None:
+            rest = replace(config, seed=0, privacy=replace(config.privacy, epsilon=None))
+            curves.setdefault(records.run_name(rest), {}).setdefault(config.privacy.epsilon, []).append((config, summary))
+    rows = {
+        name: [row | {"epsilon": epsilon} for epsilon in sorted(curve) for row in over_seeds(curve[epsilon])]
+        for name, curve in curves.items()
+    }
+    return {name: [row for row in curve if row["seeds"]] for name, curve in rows.items()}
+
+
 def interval(values: Sequence[float]) -> tuple[float, float | None]:
     """Mean and half-width of the 95 % interval of the mean; None for the width of a single value."""
     mean = math.fsum(values) / len(values)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora import experiment, records, sweep, workbench
+from fedlora import experiment, records, report, sweep, workbench
 from fedlora.check import ConfigError, RunError
 from fedlora.config import Config, settings
 from fedlora.evaluate import evaluate, macro_f1
@@ -151,3 +151,23 @@ def test_macro_f1_is_scikit_learns(classes) -> None:
         labels, guesses = rng.integers(0, classes, (2, size))
         assert macro_f1(labels, guesses) == pytest.approx(f1_score(labels, guesses, average="macro"), abs=1e-12)
     assert macro_f1(np.array([0, 0]), np.array([1, 1])) == 0.0
+
+
+def test_the_frontier_has_a_curve_for_each_strategy_with_its_budgets_rising(tmp_path) -> None:
+    def cell(strategy, epsilon, seed, accuracy):
+        config = Config(seed=seed, strategy={"name": strategy})
+        config.privacy.name, config.privacy.epsilon = "record", epsilon
+        summary = {"status": "finished", "accuracy": accuracy, "loss": 1.0, "bytes_up": 1, "bytes_down": 1, "seconds": 1.0}
+        return config, summary
+
+    cells = [cell("fedsvd", e, s, 0.5 + 0.01 * s) for e in (float("inf"), 1.0, 3.0) for s in (0, 1)]
+    cells += [cell("fedavg", 1.0, 0, 0.4), (cell("fedavg", 3.0, 0, 0.4)[0], {"status": "failed"})]
+    curves = sweep.frontier(cells)
+    assert {name: [row["epsilon"] for row in curve] for name, curve in curves.items()} == {
+        "fedsvd,privacy=record": [1.0, 3.0, float("inf")],
+        "fedavg,privacy=record": [1.0],
+    }
+    assert curves["fedsvd,privacy=record"][0]["accuracy"] == pytest.approx(0.505)
+    report.draw_frontier(tmp_path / "frontier.png", curves)
+    assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert sweep.frontier(cells[:1]) == {}
