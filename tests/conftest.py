@@ -13,6 +13,12 @@ from fedlora.config import Config, from_dict
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.fixture(autouse=True, scope="session")
+def cache(tmp_path_factory):
+    """A cache of calibrations of the tests' own, so that they neither use nor change the user's."""
+    os.environ["FEDLORA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def small(tmp_path):
     """A maker of small experiments on the embedded data, in a results folder of the test's own."""
