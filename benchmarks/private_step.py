@@ -42,9 +42,7 @@ def main() -> None:
     seconds(None), seconds(Mechanism(1.0, 1.0))  # the first pass of each warms caches
     pairs = [(seconds(None), seconds(Mechanism(1.0, 1.0))) for _ in range(arguments.repeats)]
     ratios = [private / plain for plain, private in pairs]
-    print(
-        f"{platform.machine()}, {os.cpu_count()} cores, 1 torch thread, batch {arguments.batch}, {arguments.repeats} repetitions"
-    )
+    print(f"{platform.machine()}, {os.cpu_count()} cores, batch {arguments.batch}, {arguments.repeats} repetitions")
     for side, name in enumerate(("plain", "private")):
         print(f"{name:8}{1000 * statistics.median(pair[side] for pair in pairs):8.2f} ms a step")
     print(f"ratio   {statistics.median(ratios):8.2f}      ({min(ratios):.2f} to {max(ratios):.2f})")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from clients.train import mean
 from fedlora import seeds
+from fedlora.check import RunError
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.encode import Encoded
 
@@ -55,13 +56,34 @@ class PrivateStep:
             output = self.model.forward(self.examples.batch(part, self.model.device))
             output.loss.backward()  # the mean over the part, which the hooks take apart again
             losses.append(output.loss.detach().expand(len(part)))
-            self.norms.append(record_norms(self.optimizer.params))
+            self._require_one_row_a_record(len(part))
+            self.norms.append(self._bounded())
             self._step(last=number == len(parts) - 1)
         if not parts:
             for parameter in self.optimizer.params:
                 parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))
             self._step(last=True)
         return torch.cat(losses) if losses else torch.zeros(0)
+
+    def _require_one_row_a_record(self, records: int) -> None:
+        """Raises RunError where a layer's rows are not records (windowed attention): clipping them would bound no record."""
+        for parameter in self.optimizer.params:
+            rows = len(parameter.grad_sample)
+            if rows != records:
+                raise RunError(
+                    f"a trained layer sees {rows} rows for {records} records, so clipping would bound no record; adapt other "
+                    "layers by adapter.target_modules (python -m fedlora.privacy.selftest names them)"
+                )
+
+    def _bounded(self) -> Tensor:
+        """The norms of the records' gradients, those that are not finite taken out of the step.
+
+        Opacus would clip an infinite gradient to 0 · ∞ = NaN, and an update of NaN tells that the record is there.
+        """
+        norms = record_norms(self.optimizer.params)
+        for parameter in self.optimizer.params:
+            parameter.grad_sample[~torch.isfinite(norms)] = 0
+        return norms[torch.isfinite(norms)]
 
     def diagnose(self) -> dict[str, float]:
         """What no ε covers and a simulation may look at: docs/metrics.md has the formulas.

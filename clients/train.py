@@ -44,7 +44,7 @@ def train(
     steps, physical = local_steps(settings, len(indices)), settings.physical_batch_size or len(indices)
     rng = seeds.stream(seed, "batches", client, round)
     losses: list[Tensor] = []
-    model.peft.train()
+    model.train_mode()
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng())  # dropout draws from torch's global generator
         torch.manual_seed(seeds.torch_seed(seed, "dropout", client, round))

@@ -54,7 +54,7 @@ def main(configs: Path, argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped by Ctrl-C before the first round; nothing was trained", file=sys.stderr)
+        print("stopped by Ctrl-C before a result was written", file=sys.stderr)
         return 130
 
 
@@ -140,8 +140,12 @@ def _run(cells: list[Config]) -> int:
     from fedlora import experiment, records, terminal
 
     _quiet()
-    for cell in cells:
-        records.Recorder(cell)  # refuses names that hold other runs, for all cells before the first
+    folders = [records.Recorder(cell).folder for cell in cells]  # refuses those that hold other runs
+    if twice := [str(folder) for folder in folders if folders.count(folder) > 1]:
+        raise ConfigError(
+            f"{twice[0]} would hold {twice.count(twice[0])} cells of this sweep; sweep settings that change numbers, and give "
+            "no name or one for each cell"
+        )
     done: list[tuple[Config, dict[str, Any]]] = []
     for number, cell in enumerate(cells, 1):
         if len(cells) > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -45,6 +46,8 @@ def run(config: Config, started: float, app: str = engines.CLIENT_APP) -> dict[s
         terminal.announce(config, plan.derive(bench, strategy, state, guard))
         recorder.begin()
 
+        reached = deque([state], maxlen=1)  # the state that the newest line of the records tells of
+
         def after_round(round: int, arrays: ArrayRecord) -> MetricRecord | None:
             """Flower calls this before the first round and after each."""
             row = {"round": round} | (strategy.report.as_row(started) if strategy.report else {})
@@ -53,6 +56,7 @@ def run(config: Config, started: float, app: str = engines.CLIENT_APP) -> dict[s
                 measured = measure(bench, arrays) | (guard.spent() if guard else {})
             row |= measured | {"seconds": time.perf_counter() - started}
             recorder.round(row)
+            reached.append(strategy.state or state)
             shown.finished(row)
             return MetricRecord(dict(measured)) if measured else None
 
@@ -73,7 +77,7 @@ def run(config: Config, started: float, app: str = engines.CLIENT_APP) -> dict[s
             outcome = attempt(engine, rounds)
     finally:
         engine.close()
-    return conclude(bench, strategy.state or state, recorder, outcome)
+    return conclude(bench, reached[-1], recorder, outcome)
 
 
 def make_strategy(config: Config) -> LoRAStrategy:

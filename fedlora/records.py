@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -30,13 +31,13 @@ from safetensors import SafetensorError
 
 import strategies
 from fedlora.check import ConfigError, RunError
-from fedlora.config import Config, settings
+from fedlora.config import Config, from_dict, settings
 
 ROUNDS, SUMMARY, CONFIG, ENV, CURVES, ADAPTER, PRIVACY = (
     "rounds.jsonl", "summary.json", "config.json", "env.json", "curves.png", "adapter", "privacy.json"
 )  # fmt: skip
 _NOT_IDENTITY = ("engine.", "name", "results", "overwrite", "plan")  # settings that cannot change a number
-_VERSIONS = ("flwr", "torch", "transformers", "peft", "ray", "numpy", "scikit-learn", "hydra-core", "safetensors")
+_VERSIONS = ("flwr", "torch", "transformers", "peft", "ray", "numpy", "scikit-learn", "hydra-core", "safetensors", "opacus")
 
 
 def flat(config: Config) -> dict[str, Any]:
@@ -116,13 +117,13 @@ class Recorder:
         """Append one round to rounds.jsonl, on disk when this returns."""
         try:
             with open(self.folder / ROUNDS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(_strict(row)) + "\n")
         except OSError as error:
             raise self._full(ROUNDS, error) from error
 
     def close(self, summary: dict[str, Any]) -> None:
         """Write summary.json, the mark of a run that has ended."""
-        self.write(SUMMARY, summary)
+        self.write(SUMMARY, _strict(summary))
 
     def save(self, name: str, write: Callable[[Path], None]) -> None:
         """Let `write` make a file or a folder, and put it under its name only when it is whole."""
@@ -165,9 +166,18 @@ class Recorder:
             there = json.loads((self.folder / CONFIG).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return ""
-        old, new = _flatten(there), _flatten(dataclasses.asdict(self.config))
+        try:
+            old = flat(from_dict(there))  # settings that it was run without stand at their defaults
+        except (ConfigError, TypeError):
+            return "it was made by another version of fedlora"
+        new = flat(self.config)
         keys = [key for key in sorted(old | new) if not key.startswith(_NOT_IDENTITY) and old.get(key) != new.get(key)]
         return ", ".join(f"{key} {old.get(key)} → {new.get(key)}" for key in keys[:4]) + (", …" if len(keys) > 4 else "")
+
+
+def _strict(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with null for what JSON cannot say: an infinite ε, a loss that is not a number."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
 
 
 def _remove(path: Path) -> None:
@@ -206,10 +216,3 @@ def _git(*arguments: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    rows: dict[str, Any] = {}
-    for key, value in values.items():
-        rows |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return rows

@@ -13,8 +13,10 @@ from fedlora.records import ROUNDS
 
 
 def read_rounds(folder: Path) -> list[dict[str, Any]]:
-    """The lines of rounds.jsonl; a last line that was cut off is left out."""
-    rows = []
+    """The lines of rounds.jsonl, none if there is no such file yet; a last line that was cut off is left out."""
+    rows: list[dict[str, Any]] = []
+    if not (folder / ROUNDS).exists():
+        return rows
     for line in (folder / ROUNDS).read_text(encoding="utf-8").splitlines():
         try:
             rows.append(json.loads(line))

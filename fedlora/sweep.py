@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora import records
+from fedlora.check import RunError
 from fedlora.config import Config
 
 Cell = tuple[Config, dict[str, Any]]  # settings, and the summary of the run
@@ -82,8 +83,11 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
     """The rows as CSV, in place only when it is whole."""
     columns = ["run", "seeds", "failed", *(name for column in COLUMNS for name in (column, f"{column}_ci95"))]
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(path)
+    try:
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        temporary.replace(path)
+    except OSError as error:
+        raise RunError(f"cannot write {path} ({error.strerror}); every cell's own results are safe") from error

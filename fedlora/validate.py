@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pkgutil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedlora import check, data, models
@@ -24,12 +26,18 @@ def validate(config: Config) -> None:
     check.positive(**{"evaluate.every": config.evaluate.every})
     check.positive(**{"evaluate.batch_size": config.evaluate.batch_size})
     check.below_one(**{"evaluate.holdout": config.evaluate.holdout})
-    check.one_of(("ray", "inline", "flower"), **{"engine.name": config.engine.name})
+    check.one_of(engine_names(), **{"engine.name": config.engine.name})
     check.not_negative(**{"engine.retries": config.engine.retries})
     if config.engine.workers is not None:
         check.positive(**{"engine.workers": config.engine.workers})
     if config.engine.gpus_per_worker is not None:
         check.not_negative(**{"engine.gpus_per_worker": config.engine.gpus_per_worker})
+
+
+def engine_names() -> list[str]:
+    """The engines there are, by the files of their folder; importing them would load Flower for a question about a name."""
+    parts = {"local"}  # what engines share
+    return sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).parent / "engines")]) if m.name not in parts)
 
 
 def _check_run(config: Config) -> None:
@@ -122,5 +130,3 @@ def _check_data(config: Config) -> None:
             raise ConfigError(f"dataset={config.dataset.name} needs dataset.path=<{what}>")
         if bool(config.dataset.text) == bool(config.dataset.image):
             raise ConfigError("dataset.text and dataset.image: name one column of the two, such as dataset.text=sentence")
-    if config.partition.name == "natural" and not config.dataset.group:
-        raise ConfigError("partition=natural needs dataset.group=<column of the client id>")

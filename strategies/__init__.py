@@ -56,10 +56,13 @@ class Setting(NamedTuple):
 
 def settings(name: str) -> dict[str, Setting]:
     """The settings of a strategy that a user may choose: `init`, which all share, and its own keywords."""
-    init = vars(strategy_class(name)).get("__init__", object.__init__)
-    own = {key: p for key, p in inspect.signature(init).parameters.items() if p.kind is p.KEYWORD_ONLY}
-    hints = get_type_hints(LoRAStrategy.__init__, include_extras=True) | get_type_hints(init, include_extras=True)
     shared = {"init": inspect.signature(LoRAStrategy).parameters["init"]}
+    own: dict[str, inspect.Parameter] = {}
+    hints = get_type_hints(LoRAStrategy.__init__, include_extras=True)
+    for base in reversed(strategy_class(name).__mro__):
+        if issubclass(base, LoRAStrategy) and base is not LoRAStrategy and "__init__" in vars(base):
+            own |= {key: p for key, p in inspect.signature(base.__init__).parameters.items() if p.kind is p.KEYWORD_ONLY}
+            hints |= get_type_hints(base.__init__, include_extras=True)
     return {
         key: Setting(p.default, type(p.default), *getattr(hints[key], "__metadata__", ("",)))
         for key, p in (shared | own).items()

@@ -103,7 +103,9 @@ class LoRAStrategy(FlowerFedAvg):
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """Messages for this round's cohort, drawn from (seed, round) alone and the same on every grid."""
         sent = messages.state_of(arrays, self.scale)
-        self.state = replace(self.state, adapters=sent.adapters, dense=sent.dense) if self.state else sent
+        if self.state is None or server_round == 1:  # Flower's start() counts from 1: a new run begins with a new memory
+            self.state = sent
+        self.state = replace(self.state, adapters=sent.adapters, dense=sent.dense)
         nodes = self._roll_call(grid)
         drawn = draw_cohort(self.seed, server_round, sorted(nodes), self._size(len(nodes)), self.poisson)
         cohort = self.admit(server_round, drawn)
@@ -219,6 +221,7 @@ class LoRAStrategy(FlowerFedAvg):
         for client in self.report.cohort:
             if client not in updates:
                 self.report.drops.setdefault(client, "no reply in time")
+        self.report.drops = dict(sorted(self.report.drops.items()))  # replies come in any order
         self._sent = []
         return [updates[client] for client in sorted(updates)]
 

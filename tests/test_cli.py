@@ -34,7 +34,12 @@ def refused(capsys, *arguments: str) -> str:
         (["train.stps=5"], "train.stps is not a setting; did you mean train.steps?"),
         (["strategy=fedsdv"], "strategy=fedsdv is not known; did you mean fedsvd?"),
         (["dataset=digit"], "dataset=digit is not known; did you mean digits?"),
-        (["engine=spark"], "engine=spark is not known; choose one of: flower, inline, ray"),
+        (["engine=rai"], "engine=rai is not known; did you mean ray?"),
+        (
+            ["-m", "engine=inline,ray"],
+            "results/engine=inline,ray/fedsvd would hold 2 cells of this sweep; sweep settings that "
+            "change numbers, and give no name or one for each cell",
+        ),
         (["strategy=fedavg", "strategy.every=2"], "strategy.every is not a setting of fedavg; choose one of: init"),
         (["strategy.evry=2"], "strategy.evry is not a setting of fedsvd; did you mean every?"),
         (["strategy.every=often"], "strategy.every=often is of the wrong type; it takes int (default 1)"),
@@ -53,7 +58,7 @@ def refused(capsys, *arguments: str) -> str:
         (["clients"], "clients is not an override; write setting=value, such as clients=50"),
         (["model=hf"], "model=hf needs model.path=<folder or hub name>"),
         (["dataset=files"], "dataset=files needs dataset.path=<file>"),
-        (["partition=natural"], "partition=natural needs dataset.group=<column of the client id>"),
+        (["partition=natural"], "partition=natural needs natural client ids; name their column by dataset.group"),
         (["-m", "seed=1,2", "strategy=fedsvd,fedavgg"], "strategy=fedavgg is not known; did you mean fedavg?"),
         (["-m", "rounds=3,2,0"], "rounds=0 is out of range; it must be above 0"),
     ],

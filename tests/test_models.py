@@ -70,7 +70,7 @@ def adapted(path, dataset, seed=0, **settings) -> AdaptedModel:
 
 
 def test_models_are_found_by_themselves() -> None:
-    assert names() == ["hf", "vit_digits"]
+    assert {"hf", "vit_digits"} <= set(names())
     with pytest.raises(ConfigError, match=r"model.name=vit_digit is not known; did you mean vit_digits"):
         load(ModelConfig("vit_digit"), Dataset("image", [], None, None), 0)
 

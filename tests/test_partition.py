@@ -111,7 +111,7 @@ def test_too_few_examples(name: str, n: int, clients: int, floor: int, parts: li
 
 
 def test_names_are_the_schema_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert partition.names() == ["dirichlet", "iid", "natural", "quantity", "shards"]
+    assert {"dirichlet", "iid", "natural", "quantity", "shards"} <= set(partition.names())
     with pytest.raises(ConfigError, match=r"partition.name=shard is not known; did you mean shards\?"):
         Config(partition=PartitionConfig("shard")).checked()
     with pytest.raises(ConfigError, match=r"partition.name=shard is not known; did you mean shards\?"):

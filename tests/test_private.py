@@ -1,5 +1,7 @@
 """DP-SGD on a client: sensitivity, noise, sampling, and that nothing but the mechanism touches the numbers."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -148,3 +150,16 @@ def test_the_noise_in_the_product_is_what_the_formula_foretells(bench, trains, s
 def test_noise_is_not_foretold_where_the_optimiser_reshapes_it(bench) -> None:
     _, measured = run(bench, Mechanism(1.0, 0.5), "B", optimizer="adamw", lr=0.01)
     assert "noise_product" not in measured and "clipped" in measured
+
+
+def test_a_record_whose_gradient_is_not_finite_takes_no_part_and_leaves_no_trace(bench, monkeypatch) -> None:
+    indices, mechanism = bench.shards[0][:8], Mechanism(0.5, 0.1)
+    pixels = bench.train.pixels.clone()
+    pixels[indices[3]] = float("nan")
+    expected = {"batch_size": 8}
+    monkeypatch.setattr("clients.train.poisson", lambda indices, rate, steps, rng: iter([np.delete(indices, 3)]))
+    without, _ = run(bench, mechanism, "B", indices, **expected)
+    monkeypatch.setattr("clients.train.poisson", lambda indices, rate, steps, rng: iter([indices]))
+    monkeypatch.setitem(bench.__dict__, "train", dataclasses.replace(bench.train, pixels=pixels))
+    broken, _ = run(bench, mechanism, "B", indices, **expected)
+    np.testing.assert_allclose(flat(broken), flat(without), atol=1e-6)

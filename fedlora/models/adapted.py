@@ -23,7 +23,15 @@ from fedlora.messages import Factors
 from fedlora.models.base import Base
 
 # Query and value projections under the names that transformers' models give them: the default of target_modules.
-_QUERY_VALUE = (("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin"), ("c_attn",), ("query_key_value",))
+_QUERY_VALUE = (
+    ("q_proj", "v_proj"),
+    ("query", "value"),
+    ("q_lin", "v_lin"),
+    ("query_proj", "value_proj"),
+    ("c_attn",),
+    ("query_key_value",),
+    ("Wqkv",),
+)
 
 
 class AdaptedModel:
@@ -89,6 +97,13 @@ class AdaptedModel:
             parameter.grad = None
         chosen = [p for factor, ps in (("A", self._A), ("B", self._B)) if factor in trains for p in ps.values()]
         return [*chosen, *self._head.values()]
+
+    def train_mode(self) -> None:
+        """Dropout on; batch normalisation stays in eval: it is frozen, and would mix the records of a batch."""
+        self.peft.train()
+        for module in self.peft.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
 
     def forward(self, batch: dict[str, Tensor]) -> Any:
         """transformers' output for a batch: .loss (mean over examples) and .logits (N, classes)."""

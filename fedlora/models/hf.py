@@ -64,7 +64,7 @@ def _text_encoder(config: ModelConfig, model: nn.Module) -> Any:
         tokenizer.pad_token = tokenizer.eos_token
     model_config: Any = model.config
     model_config.pad_token_id = tokenizer.pad_token_id
-    longest = getattr(model_config, "max_position_embeddings", config.max_length)
+    longest = min(getattr(model_config, "max_position_embeddings", config.max_length), tokenizer.model_max_length)
     return partial(encode_text, tokenizer, min(config.max_length, longest))
 
 

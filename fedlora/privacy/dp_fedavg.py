@@ -92,7 +92,7 @@ class UserGuard:
         self.measured = {
             "updates_clipped": float(np.mean([norm > clip for norm in norms])) if norms else 0.0,
             "update_norm_mean": float(np.mean(norms)) if norms else 0.0,
-            "signal_to_noise": _norm(total) / (sigma * np.sqrt(dimensions)) if sigma else float("inf"),
+            "release_signal_to_noise": _norm(total) / (sigma * np.sqrt(dimensions)) if sigma else float("inf"),
         }
         moved = {
             key: start[key] + (array + sigma * rng.standard_normal(array.shape)) / self.ledger.cohort

@@ -1,0 +1,300 @@
+"""`python -m fedlora.privacy.selftest [setting=value …]`: whether DP-SGD does what it says on your model and your data.
+
+The settings are those of run.py, and the privacy settings among them may be left out. First what Opacus cannot do is
+refused, in one sentence that gives the reason and the cure. Then each check prints one line with its numbers. They go
+through the private training path itself (`clients.train`, `clients.private`), with dropout off.
+
+Exit status 0: every check is ok; 1: one FAILED; 2: a refusal, or a setting, a file or a model to put right first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from opacus.grad_sample import GradSampleHooks
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from clients.private import Mechanism, private_step
+from clients.train import train
+from fedlora import cli, workbench
+from fedlora.check import ConfigError
+from fedlora.models.adapted import AdaptedModel
+from fedlora.models.encode import Texts
+from fedlora.workbench import Workbench
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+RECORDS = 8  # of different lengths, that the checks look at
+TOLERANCE = 1e-4  # relative, between two ways to compute one gradient in float32
+NOBODY = 1e-9  # an expected batch size with which a step draws no record
+ONE_STEP = {"steps": 1, "epochs": None, "warmup": 0.0, "schedule": "constant"}
+PLAIN_SGD = ONE_STEP | {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0}
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one check found."""
+
+    name: str
+    ok: bool
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {'ok' if self.ok else 'FAILED'} ({self.detail})"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the self-test that the command line asks for. Returns the exit status."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m fedlora.privacy.selftest", description=__doc__, formatter_class=raw)
+    parser.add_argument("overrides", nargs="*", help="settings as for run.py, such as model=hf model.path=FOLDER")
+    try:
+        (overrides,) = cli.expand(parser.parse_args(argv).overrides, multirun=False)
+        return report(workbench.build(cli.compose(CONFIGS, overrides)))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def report(bench: Workbench) -> int:
+    """Print every check of this workbench. Returns 0 if all are ok, else 1; raises ConfigError for what is refused."""
+    print(supported(bench), flush=True)
+    failed = 0
+    for check in (per_example_gradients, independence, sensitivity, noise, movement):
+        found = check(bench)
+        failed += not found.ok
+        print(found, flush=True)
+    return min(failed, 1)
+
+
+# ---- what is refused
+
+
+def supported(bench: Workbench) -> Check:
+    """Raises ConfigError, with reason and cure, for the first thing about this model that Opacus cannot do.
+
+    Guarantee: after it every trained parameter is float32, lies in a layer with exact per-example gradients, and gets one
+    gradient row for each record; no layer of the model mixes the records of a batch as BatchNorm does.
+    """
+    model = bench.model
+    parameters = model.trainable("AB")
+    model.peft.train()
+    for name, module in model.peft.named_modules():
+        if reason := _unsupported(module):
+            raise ConfigError(f"{name or 'the model'} ({type(module).__name__}) {reason}")
+    try:
+        counts = {len(rows) for rows in per_example(bench, "AB", [records(bench)])[0]}
+    except (AttributeError, IndexError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"Opacus finds no per-example gradients ({reason}); change adapter.target_modules") from error
+    if counts != {RECORDS}:
+        raise ConfigError(
+            f"a batch of {RECORDS} records gives gradients of {', '.join(map(str, sorted(counts)))} rows: rows are not records "
+            "(windowed attention, position embeddings); use a model without windows, or other adapter.target_modules"
+        )
+    layers = ", ".join(sorted({type(module).__name__ for module in model.peft.modules() if _trained(module)}))
+    return Check("support", True, f"{sum(p.numel() for p in parameters):,} trained parameters in {layers}")
+
+
+def _unsupported(module: nn.Module) -> str:
+    """Why this one module cannot be trained, or trained under, with per-example gradients; "" if it can."""
+    if isinstance(module, LoraLayer):
+        base: Any = module.get_base_layer()
+        if module.lora_magnitude_vector:
+            return "has a DoRA adapter, whose magnitude has no per-example gradient; use plain LoRA"
+        if module.lora_embedding_A or not (isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D"):
+            return "is no linear layer, and adapters elsewhere have no exact gradients; change adapter.target_modules"
+    if _trained(module) and type(module) not in GradSampleHooks.GRAD_SAMPLERS:
+        known = ", ".join(sorted(kind.__name__ for kind in GradSampleHooks.GRAD_SAMPLERS if kind.__module__[:5] == "torch"))
+        return f"is trained, and has exact per-example gradients only as {known}; freeze it (adapter.train_head=false)"
+    if any(parameter.dtype != torch.float32 for parameter in module.parameters(recurse=False) if parameter.requires_grad):
+        return "holds trained parameters that are not float32, too coarse to clip and add noise to; load them as float32"
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
+        return "normalises over the batch, so that records share a gradient; use a model with LayerNorm or GroupNorm"
+    if getattr(module, "gradient_checkpointing", False):
+        keywords = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+        if keywords.get("use_reentrant") is not True:
+            return "has gradient checkpointing with use_reentrant=False, which Opacus' hooks do not survive; switch it off"
+    return ""
+
+
+def _trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+
+
+# ---- the checks
+
+
+def per_example_gradients(bench: Workbench) -> Check:
+    """The gradients of the records of a batch, by Opacus' hooks, are those of single-example backward passes."""
+    chosen, worst = records(bench), {}
+    for trains in ("AB", "B"):
+        alone = [_backward(bench, start(bench, trains), record[None], "grad") for record in chosen]
+        expected = [torch.stack(each) for each in zip(*alone, strict=True)]
+        worst[trains] = difference(per_example(bench, trains, [chosen])[0], expected)
+    numbers = ", ".join(f"{error:.1e} for factors {trains}" for trains, error in worst.items())
+    return Check("per-example gradients", max(worst.values()) <= TOLERANCE, f"off single-example passes by {numbers}")
+
+
+def independence(bench: Workbench) -> Check:
+    """A record's gradient is the same whatever else is in its batch, and however far it is padded for that."""
+    chosen = records(bench)
+    whole, *parts = per_example(bench, "AB", [chosen, chosen[:1], chosen[1:3], chosen[3:]])
+    error = difference([torch.cat(each) for each in zip(*parts, strict=True)], whole)
+    cure = "; the loss must be a plain mean over records: no mean over tokens, no class weights" if error > TOLERANCE else ""
+    return Check("independence", not cure, f"other batch mates and padding change a gradient by {error:.1e}{cure}")
+
+
+def sensitivity(bench: Workbench) -> Check:
+    """With σ = 0, one record more or less moves q·n times the step by at most C; C is set low, so that it binds."""
+    chosen, most = records(bench), 0.0
+    for trains in ("AB", "B"):
+        norms = torch.stack([rows.flatten(1).norm(dim=1) for rows in per_example(bench, trains, [chosen])[0]]).norm(dim=0)
+        clip = float(norms.median()) / 2 or 1.0
+        batches = [chosen] + [np.delete(chosen, k) for k in (0, RECORDS // 2, RECORDS - 1)]  # q = 1, so n is the batch
+        whole, *rest = (len(b) * move(bench, Mechanism(0.0, clip), trains, b, batch_size=len(b), lr=1 / clip) for b in batches)
+        most = max(most, *(float(np.linalg.norm(whole - less)) for less in rest))
+    return Check("clip bound", most <= 1.001, f"one record moves the clipped sum by at most {most:.4f} C, C being {clip:.2g}")
+
+
+def noise(bench: Workbench) -> Check:
+    """The noise has standard deviation σC, on an empty batch too; that of other clients and rounds is unrelated to it."""
+    chosen, sigma, clip = records(bench), 2.0, 0.5
+    size = sum(parameter.numel() for parameter in bench.model.trainable("AB"))
+    keys = [(k % 2, 1 + k // 2) for k in range(max(4, -(-20_000 // size)))]  # (client, round)
+    ratios, correlation = [], 0.0
+    for expected in (len(chosen), NOBODY):
+        lr = 0.1 * expected / (sigma * clip)  # so that rounding of the weights stays far below the noise
+        step: dict[str, Any] = {"lr": lr, "batch_size": expected}
+        quiet = move(bench, Mechanism(0.0, clip), "AB", chosen, **step)
+        draws = 10 * np.stack([move(bench, Mechanism(sigma, clip), "AB", chosen, key, **step) - quiet for key in keys])
+        ratios.append(float(draws.std()))
+        with np.errstate(invalid="ignore"):  # no noise at all has no correlation, and fails below
+            correlation = max(correlation, float(np.abs(np.corrcoef(draws) - np.eye(len(keys))).max()))
+    limit = 5 / np.sqrt(size)
+    return Check(
+        "noise",
+        all(abs(ratio - 1) <= 0.03 for ratio in ratios) and correlation <= limit,
+        f"std {ratios[0]:.3f} σC, on empty batches {ratios[1]:.3f} σC, over {len(keys) * size:,} coordinates; "
+        f"between clients and rounds |r| ≤ {correlation:.3f}, limit {limit:.3f}",
+    )
+
+
+def movement(bench: Workbench) -> Check:
+    """One step with your own optimiser and clip changes every array that is trained, and nothing of a frozen factor."""
+    least, wrong = np.inf, ""
+    for trains in ("AB", "B"):
+        start(bench, trains)
+        before = {name: parameter.detach().clone() for name, parameter in bench.model.peft.named_parameters()}
+        clipped = Mechanism(0.0, bench.config.privacy.clip)
+        move(bench, clipped, trains, records(bench), settings=ONE_STEP, batch_size=RECORDS)
+        for name, parameter in bench.model.peft.named_parameters():
+            change = float((parameter.detach() - before[name]).abs().max())
+            least = min(least, change) if parameter.requires_grad else least
+            if parameter.requires_grad != (change > 0):
+                wrong = f"; {name} {'did not move' if parameter.requires_grad else 'is frozen and moved'}, training {trains}"
+    return Check("movement", not wrong, f"the least change of a trained array is {least:.1e}{wrong}")
+
+
+# ---- what they share
+
+
+def records(bench: Workbench) -> np.ndarray:
+    """Indices of a few training records, from the shortest to the longest. Raises ConfigError if there are too few."""
+    examples = bench.train
+    if len(examples) < RECORDS:
+        raise ConfigError(f"dataset.path has {len(examples)} training examples; the self-test needs {RECORDS}")
+    lengths = [len(row) for row in examples.tokens] if isinstance(examples, Texts) else [0] * len(examples)
+    return np.argsort(lengths, kind="stable")[np.linspace(0, len(examples) - 1, RECORDS).astype(int)]
+
+
+@contextmanager
+def still(model: AdaptedModel) -> Iterator[None]:
+    """While this lasts, `model.peft.train()` wakes only the layers that are trained (which the hooks demand): no dropout."""
+
+    def wake(mode: bool = True) -> nn.Module:
+        for module in model.peft.modules():
+            module.training = mode and _trained(module)
+        return model.peft
+
+    model.peft.train = wake
+    try:
+        yield
+    finally:
+        del model.peft.train
+        model.peft.eval()
+
+
+def start(bench: Workbench, trains: str) -> list[nn.Parameter]:
+    """The parameters to train, with A as in round 0 and a B of its own (at B = 0, A has no gradient)."""
+    model, rng = bench.model, np.random.default_rng(0)
+    begin = model.initial("kaiming", bench.config.seed)
+    begin = {name: pair._replace(B=rng.normal(0, 0.02, pair.B.shape).astype(np.float32)) for name, pair in begin.items()}
+    model.write(begin, model.initial_head)
+    return model.trainable(trains)
+
+
+def per_example(bench: Workbench, trains: str, batches: list[np.ndarray]) -> list[list[Tensor]]:
+    """For each batch, the per-example gradients (rows, …) of every trained parameter, by the hooks of `clients.private`."""
+    model, parameters = bench.model, start(bench, trains)
+    found = []
+    with private_step(model, bench.train, torch.optim.SGD(parameters), Mechanism(0.0, 1.0), 1.0, 1, (0, 0, 0)) as step:
+        for batch in batches:
+            found.append(_backward(bench, parameters, batch, "grad_sample"))
+            step.optimizer.zero_grad(set_to_none=True)
+    return found
+
+
+def _backward(bench: Workbench, parameters: list[nn.Parameter], batch: np.ndarray, attribute: str) -> list[Tensor]:
+    """This attribute of every parameter after one backward pass. Raises ConfigError if one has got no gradient."""
+    with still(bench.model):
+        bench.model.peft.train()
+        bench.model.forward(bench.train.batch(batch, bench.model.device)).loss.backward()
+    found = [getattr(parameter, attribute) for parameter in parameters]
+    for name, parameter in bench.model.peft.named_parameters():
+        if parameter.requires_grad and not isinstance(getattr(parameter, attribute), Tensor):
+            raise ConfigError(f"{name} gets no gradient of its own; leave its layer out of adapter.target_modules")
+    return [gradient.detach().clone() for gradient in found]
+
+
+def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """The largest norm of a difference of one record in one array, relative to the largest gradient of that array.
+
+    An array whose gradients are below a thousandth of the whole is measured by that, since it holds rounding errors only.
+    """
+    theirs_norms = torch.stack([rows.flatten(1).norm(dim=1) for rows in theirs])  # (arrays, records)
+    scale = theirs_norms.amax(1).clamp(min=1e-3 * float(theirs_norms.norm(dim=0).max()) + 1e-30)
+    apart = torch.stack([(a - b).flatten(1).norm(dim=1) for a, b in zip(ours, theirs, strict=True)])
+    return float((apart / scale[:, None]).nan_to_num(torch.inf).max())
+
+
+def move(
+    bench: Workbench,
+    mechanism: Mechanism,
+    trains: str,
+    indices: np.ndarray,
+    key: tuple[int, int] = (0, 1),  # client and round
+    settings: dict[str, Any] = PLAIN_SGD,
+    **changes: float,  # batch_size among them: the expected one
+) -> np.ndarray:
+    """The change of all that is trained by one step of the private training path, as one vector of float64."""
+    parameters = start(bench, trains)
+    before = [parameter.detach().clone() for parameter in parameters]
+    chosen = dataclasses.replace(bench.config.train, **(settings | changes))
+    with still(bench.model):
+        train(bench.model, bench.train, indices, chosen, trains, (1, 1), (bench.config.seed, *key), mechanism)
+    moved = [(parameter.detach() - old).flatten() for parameter, old in zip(parameters, before, strict=True)]
+    return torch.cat(moved).double().cpu().numpy()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
