@@ -17,10 +17,13 @@ from fedlora import engines, messages, plan, report, terminal, workbench
 from fedlora.check import RunError
 from fedlora.config import Config
 from fedlora.evaluate import evaluate
+from fedlora.interrupt import CtrlC
 from fedlora.messages import ServerState
 from fedlora.records import ADAPTER, CURVES, PRIVACY, Recorder
 from fedlora.workbench import Workbench
 from strategies import LoRAStrategy
+
+INTERRUPTED = {"status": "interrupted", "reason": "stopped by Ctrl-C"}
 
 
 def run(config: Config, started: float, app: str = engines.CLIENT_APP) -> dict[str, Any]:
@@ -46,6 +49,7 @@ def run(config: Config, started: float, app: str = engines.CLIENT_APP) -> dict[s
         terminal.announce(config, plan.derive(bench, strategy, state, guard))
         recorder.begin()
 
+        ctrl_c = CtrlC()
         reached = deque([state], maxlen=1)  # the state that the newest line of the records tells of
 
         def after_round(round: int, arrays: ArrayRecord) -> MetricRecord | None:
@@ -58,6 +62,7 @@ def run(config: Config, started: float, app: str = engines.CLIENT_APP) -> dict[s
             recorder.round(row)
             reached.append(strategy.state or state)
             shown.finished(row)
+            ctrl_c.check()
             return MetricRecord(dict(measured)) if measured else None
 
         job = ConfigRecord({messages.EXPERIMENT: config.to_json()})
@@ -73,8 +78,10 @@ def run(config: Config, started: float, app: str = engines.CLIENT_APP) -> dict[s
             evaluate_config=ConfigRecord(dict(job)),
             evaluate_fn=after_round,
         )
-        with shown:
+        with shown, ctrl_c:
             outcome = attempt(engine, rounds)
+        if ctrl_c.pressed and outcome["status"] == "finished":  # Flower's runtime ends like that when its server is stopped
+            outcome = INTERRUPTED
     finally:
         engine.close()
     return conclude(bench, reached[-1], recorder, outcome)
@@ -115,7 +122,7 @@ def attempt(engine: engines.Engine, rounds: Callable[[Grid], object]) -> dict[st
     try:
         engine.run(rounds)
     except KeyboardInterrupt:
-        return {"status": "interrupted", "reason": "stopped by Ctrl-C"}
+        return INTERRUPTED
     except RunError as error:
         return {"status": "failed", "reason": str(error)}
     return {"status": "finished"}

@@ -82,7 +82,7 @@ class Rounds:
             self.bar.update(self.task, completed=done, round=str(row["round"]), text=f"{self.accuracy}  sent {size(self.sent)}")
         else:
             say(
-                f"round {row['round']}/{self.config.rounds}  {self.accuracy}  "
+                f"round {row['round']}/{self.config.rounds}  {self.accuracy if 'accuracy' in row else 'not evaluated'}  "
                 f"up {size(row.get('bytes_up', 0))}  down {size(row.get('bytes_down', 0))}  {row['seconds']:.1f} s"
             )
         for client, reason in row.get("drops", {}).items():

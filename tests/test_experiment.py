@@ -1,6 +1,9 @@
 """One experiment: what is written, what it adds up to, and that faulty clients cost themselves only."""
 
+import contextlib
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -171,3 +174,17 @@ def test_the_frontier_has_a_curve_for_each_strategy_with_its_budgets_rising(tmp_
     report.draw_frontier(tmp_path / "frontier.png", curves)
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
     assert sweep.frontier(cells[:1]) == {}
+
+
+def test_a_ctrl_c_that_a_callback_swallows_still_stops_the_run(small, monkeypatch) -> None:
+    def swallowed(*_: object) -> dict[str, float]:
+        with contextlib.suppress(KeyboardInterrupt):  # as Python does in a finaliser
+            os.kill(os.getpid(), signal.SIGINT)
+        return {"accuracy": 0.5, "loss": 1.0, "macro_f1": 0.5}
+
+    before = signal.getsignal(signal.SIGINT)
+    config = small(rounds=50)
+    monkeypatch.setattr(experiment, "measure", swallowed)
+    summary = experiment.run(config, 0.0)
+    assert (summary["status"], summary["rounds"]) == ("interrupted", 0) and len(rows_of(config)) == 1
+    assert signal.getsignal(signal.SIGINT) is before
