@@ -83,7 +83,7 @@ class PrivateStep:
         norms = record_norms(self.optimizer.params)
         for parameter in self.optimizer.params:
             parameter.grad_sample[~torch.isfinite(norms)] = 0
-        return norms[torch.isfinite(norms)]
+        return norms[torch.isfinite(norms)].cpu()
 
     def diagnose(self) -> dict[str, float]:
         """What no ε covers and a simulation may look at: docs/metrics.md has the formulas.
