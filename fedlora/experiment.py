@@ -23,8 +23,6 @@ from fedlora.records import ADAPTER, CURVES, PRIVACY, Recorder
 from fedlora.workbench import Workbench
 from strategies import LoRAStrategy
 
-INTERRUPTED = {"status": "interrupted", "reason": "stopped by Ctrl-C"}
-
 
 def run(config: Config, started: float, app: str = engines.CLIENT_APP) -> dict[str, Any]:
     """Run the experiment and return its summary, which is also in the results folder.
@@ -80,8 +78,6 @@ def run(config: Config, started: float, app: str = engines.CLIENT_APP) -> dict[s
         )
         with shown, ctrl_c:
             outcome = attempt(engine, rounds)
-        if ctrl_c.pressed and outcome["status"] == "finished":  # Flower's runtime ends like that when its server is stopped
-            outcome = INTERRUPTED
     finally:
         engine.close()
     return conclude(bench, reached[-1], recorder, outcome)
@@ -122,7 +118,7 @@ def attempt(engine: engines.Engine, rounds: Callable[[Grid], object]) -> dict[st
     try:
         engine.run(rounds)
     except KeyboardInterrupt:
-        return INTERRUPTED
+        return {"status": "interrupted", "reason": "stopped by Ctrl-C"}
     except RunError as error:
         return {"status": "failed", "reason": str(error)}
     return {"status": "finished"}

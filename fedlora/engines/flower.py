@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from flwr.app import Context
@@ -29,25 +31,40 @@ class FlowerEngine:
 
         @server.main()
         def main(grid: Grid, context: Context) -> None:
-            drive(self._stoppable(grid))
+            with contextlib.suppress(KeyboardInterrupt):  # said by `run`, when the runtime has ended
+                drive(self._stoppable(grid))
 
         workers, gpus = resources(self.config)
         ray.shutdown()  # a pool from an earlier cell of a sweep would keep Flower's actors from ever starting
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), self._orderly_stop():
             warnings.simplefilter("ignore", DeprecationWarning)
-            try:
-                run_simulation(
-                    server,
-                    load_app(self.app),
-                    num_supernodes=self.config.clients,
-                    backend_config={
-                        "init_args": {"num_cpus": workers, "include_dashboard": False, "log_to_driver": False},
-                        "client_resources": {"num_cpus": 1, "num_gpus": gpus},
-                    },
-                )
-            finally:
-                self.stopped.set()
-                ray.shutdown()
+            run_simulation(
+                server,
+                load_app(self.app),
+                num_supernodes=self.config.clients,
+                backend_config={
+                    "init_args": {"num_cpus": workers, "include_dashboard": False, "log_to_driver": False},
+                    "client_resources": {"num_cpus": 1, "num_gpus": gpus},
+                },
+            )
+        ray.shutdown()
+        if self.stopped.is_set():
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def _orderly_stop(self) -> Iterator[None]:
+        """Ctrl-C ends the server's thread, and the runtime then ends by itself.
+
+        An exception in the middle of Flower's runtime leaves its threads behind, which crash with the Ray they still use.
+        """
+        if threading.current_thread() is not threading.main_thread():  # where Python allows no handler
+            yield
+            return
+        before = signal.signal(signal.SIGINT, lambda number, frame: self.stopped.set())
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def close(self) -> None:
         """Flower ends its own workers."""
