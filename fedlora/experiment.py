@@ -73,7 +73,7 @@ def run(config: Config, started: float, app: str = engines.CLIENT_APP) -> dict[s
             num_rounds=config.rounds,
             timeout=config.round_timeout,
             train_config=noisy,
-            evaluate_config=ConfigRecord(dict(job)),
+            evaluate_config=job,
             evaluate_fn=after_round,
         )
         with shown, ctrl_c:
