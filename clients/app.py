@@ -6,20 +6,65 @@ clients of a process, and every array that a round changes is written before it 
 
 from __future__ import annotations
 
+import math
+import os
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedlora import messages
+from fedlora.lowrank import Adapters, Pair
 
 if TYPE_CHECKING:
-    from clients.private import Mechanism
-    from fedlora.config import Config
+    import numpy as np
+
+    from clients.task import Task
     from fedlora.workbench import Workbench
 
-app = ClientApp()
+
+class CohortApp(ClientApp):
+    """A Flower ClientApp that an engine may also hand the training messages of several clients at once."""
+
+    def cohorts(self, batch: Sequence[tuple[Message, Context]], size: int | None) -> list[list[int]]:
+        """Which of these training messages had best go together, by their places: the most work first.
+
+        `size` is the number of clients in a cohort; None: what is quickest on this machine. It depends on the clients and the
+        machine, not on how many workers there are.
+        """
+        from clients.cost import cohort_size, group
+
+        job, bench = _job(batch[0][0])
+        if size is None:
+            best = cohort_size(bench, str(job[messages.TRAINS]))
+            size = min(best, math.ceil(len(batch) / (os.cpu_count() or 1)))
+        return group([_task(message, context) for message, context in batch], size)
+
+    def together(self, batch: Sequence[tuple[Message, Context]]) -> list[Message]:
+        """The replies to the training messages of one experiment, in their order; the clients share their passes."""
+        from clients.cohort import Member, train_together
+
+        started = time.perf_counter()
+        bench = _job(batch[0][0])[1]
+        if bench.rows.refusal:
+            return [self(message, context) for message, context in batch]
+        sent = {id(record): messages.unpack(record) for message, _ in batch for record in (_arrays(message),)}
+        members = []
+        for message, context in batch:
+            factors, dense = sent[id(_arrays(message))]
+            adapters = {layer: Pair(**both) for layer, both in factors.items()}
+            members.append(Member(_task(message, context), adapters, dense, bench.model.scale))
+        trained = train_together(bench.rows, bench.train, members)
+        a_step = (time.perf_counter() - started) / sum(member.task.steps for member in members)
+        return [
+            _reply(message, member.task, own.adapters, own.dense, own.metrics, a_step * member.task.steps, len(batch))
+            for (message, _), member, own in zip(batch, members, trained, strict=True)
+        ]
+
+
+app = CohortApp()
 
 
 @app.query()
@@ -32,26 +77,14 @@ def query(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Write the broadcast into the resident model, train on this client's examples, send back what was trained."""
-    from clients.train import train as train_locally  # torch and transformers load here, not for a roll call
+    from clients.train import perform  # torch and transformers load here, not for a roll call
 
     started = time.perf_counter()
-    job, client, bench = _open(message, context)
-    round, trains = int(job[messages.ROUND]), str(job[messages.TRAINS])  # type: ignore[arg-type]
-    config, (indices, _) = bench.config, bench.examples_of(client)
-    metrics = train_locally(
-        bench.model,
-        bench.train,
-        indices,
-        config.train,
-        trains,
-        (round, config.rounds),
-        (config.seed, client, round),
-        _mechanism(config, job, client),
-    )
-    measured = MetricRecord({**metrics, "seconds": time.perf_counter() - started})
-    measured[messages.CLIENT], measured[messages.EXAMPLES] = client, len(indices)
-    arrays = messages.pack(bench.model.adapters(), bench.model.dense(), trains)
-    return Message(RecordDict({messages.ARRAYS: arrays, messages.METRICS: measured}), reply_to=message)
+    bench, task = _job(message)[1], _task(message, context)
+    bench.model.write(*messages.unpack(_arrays(message)))
+    metrics = perform(task, bench.model, bench.train)
+    seconds = time.perf_counter() - started
+    return _reply(message, task, bench.model.adapters(), bench.model.dense(), metrics, seconds, 1)
 
 
 @app.evaluate()
@@ -59,7 +92,9 @@ def evaluate(message: Message, context: Context) -> Message:
     """Test the broadcast model on the examples that this client holds back (none: a count of zero)."""
     from fedlora.evaluate import evaluate as evaluate_locally
 
-    _, client, bench = _open(message, context)
+    _, bench = _job(message)
+    bench.model.write(*messages.unpack(_arrays(message)))
+    client = _client(context)
     _, held_out = bench.examples_of(client)
     metrics = MetricRecord({messages.CLIENT: client, messages.EXAMPLES: len(held_out), "accuracy": 0.0, "loss": 0.0})
     if len(held_out):
@@ -68,24 +103,45 @@ def evaluate(message: Message, context: Context) -> Message:
     return Message(RecordDict({messages.METRICS: metrics}), reply_to=message)
 
 
-def _open(message: Message, context: Context) -> tuple[ConfigRecord, int, Workbench]:
-    """The message's settings, this client's number, and the workbench with the broadcast written into its model."""
+def _job(message: Message) -> tuple[ConfigRecord, Workbench]:
+    """The message's settings, and the workbench of its experiment."""
     from fedlora import workbench
 
     job: ConfigRecord = message.content.config_records[messages.CONFIG]
-    bench = workbench.build(workbench.experiment(str(job[messages.EXPERIMENT])))
-    bench.model.write(*messages.unpack(message.content.array_records[messages.ARRAYS]))
-    return job, _client(context), bench
+    return job, workbench.build(workbench.experiment(str(job[messages.EXPERIMENT])))
 
 
-def _mechanism(config: Config, job: ConfigRecord, client: int) -> Mechanism | None:
-    """What makes this client's steps private, if anything does: σ comes with the message, the rest is a setting."""
-    if config.privacy.name != "record":
-        return None
+def _task(message: Message, context: Context) -> Task:
+    """What this client has to do: with record-level privacy σ comes with the message, the rest is a setting."""
     from clients.private import Mechanism
+    from clients.task import Task
 
-    sigmas = job[messages.NOISE]
-    return Mechanism(sigmas[client], config.privacy.clip)  # type: ignore[index, arg-type]
+    (job, bench), client = _job(message), _client(context)
+    config, round, mechanism = bench.config, int(job[messages.ROUND]), None  # type: ignore[arg-type]
+    if config.privacy.name == "record":
+        mechanism = Mechanism(job[messages.NOISE][client], config.privacy.clip)  # type: ignore[index, arg-type]
+    indices, _ = bench.examples_of(client)
+    progress, streams = (round, config.rounds), (config.seed, client, round)
+    return Task(indices, config.train, str(job[messages.TRAINS]), progress, streams, mechanism)
+
+
+def _reply(
+    message: Message,
+    task: Task,
+    adapters: Adapters,
+    dense: dict[str, np.ndarray],
+    metrics: dict[str, float],
+    seconds: float,
+    cohort: int,
+) -> Message:
+    measured = MetricRecord({**metrics, "seconds": seconds, "cohort": float(cohort)})
+    measured[messages.CLIENT], measured[messages.EXAMPLES] = task.streams[1], len(task.indices)
+    arrays = messages.pack(adapters, dense, task.trains)
+    return Message(RecordDict({messages.ARRAYS: arrays, messages.METRICS: measured}), reply_to=message)
+
+
+def _arrays(message: Message) -> ArrayRecord:
+    return message.content.array_records[messages.ARRAYS]
 
 
 def _client(context: Context) -> int:

@@ -6,6 +6,7 @@ all trained parameters together to norm C, adds N(0, (σC)²) to every coordinat
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,11 +18,12 @@ from opacus.grad_sample import GradSampleHooks
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
-from clients.train import mean
-from fedlora import seeds
+from fedlora import lowrank
 from fedlora.check import RunError
+from fedlora.lowrank import Adapters, Pair
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.encode import Encoded
+from fedlora.models.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -31,87 +33,91 @@ class Mechanism:
     noise_multiplier: float  # σ; 0 clips only
     clip: float  # C, the bound on the norm of one record's gradient
 
+    def descent(self, optimizer: torch.optim.Optimizer, expected: float, seed: int) -> PrivateDescent:
+        """Private steps of an optimiser over one flat parameter, divided by `expected` = q·n, whole or not.
+
+        `seed` is that of the client's and round's own stream of noise.
+        """
+        (flat,) = optimizer.param_groups[0]["params"]
+        generator = torch.Generator(device=flat.device)
+        generator.manual_seed(seed)
+        private = DPOptimizer(
+            optimizer,
+            noise_multiplier=self.noise_multiplier,
+            max_grad_norm=self.clip,
+            expected_batch_size=expected,
+            loss_reduction="mean",
+            generator=generator,
+        )
+        return PrivateDescent(flat, private)
+
 
 @dataclass
-class PrivateStep:
-    """One step of DP-SGD on a batch, in forward passes of at most `physical` examples.
+class PrivateDescent:
+    """From the gradients of single records to a noisy step: one flat parameter, so that Opacus has one array to go through.
 
     Guarantee: with σ = 0, adding or removing one record moves q·n times the step by at most C (times lr, for SGD); noise is
-    drawn in every step, on an empty batch too, from the stream (seed, noise, client, round).
+    drawn once in every step, of no record too.
     """
 
-    model: AdaptedModel
-    examples: Encoded
+    flat: nn.Parameter  # (P,)
     optimizer: DPOptimizer
-    physical: int
     norms: list[Tensor] = field(default_factory=list)  # of single records' gradients, before clipping; a diagnostic
     variance: float = 0.0  # of the noise in each coordinate so far, where it is known: plain SGD; a diagnostic
-    noise: dict[nn.Parameter, Tensor] = field(default_factory=dict)  # the noise itself, summed over the steps
+    noise: Tensor | None = None  # (P,) the noise itself, summed over the steps
 
-    def __call__(self, batch: np.ndarray) -> Tensor:
-        """Descend once; returns the losses of the records, shape (len(batch),), for diagnosis."""
-        losses = []
-        parts = [batch[start : start + self.physical] for start in range(0, len(batch), self.physical)]
-        for number, part in enumerate(parts):
-            output = self.model.forward(self.examples.batch(part, self.model.device))
-            output.loss.backward()  # the mean over the part, which the hooks take apart again
-            losses.append(output.loss.detach().expand(len(part)))
-            self._require_one_row_a_record(len(part))
-            self.norms.append(self._bounded())
-            self._step(last=number == len(parts) - 1)
-        if not parts:
-            for parameter in self.optimizer.params:
-                parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))
-            self._step(last=True)
-        return torch.cat(losses) if losses else torch.zeros(0)
+    def take(self, gradients: Tensor, lr: float, last: bool = True) -> None:
+        """Clips the records' gradients (records, P) and adds them up; with the last of a step, descends.
 
-    def _require_one_row_a_record(self, records: int) -> None:
-        """Raises RunError where a layer's rows are not records (windowed attention): clipping them would bound no record."""
-        for parameter in self.optimizer.params:
-            rows = len(parameter.grad_sample)
-            if rows != records:
-                raise RunError(
-                    f"a trained layer sees {rows} rows for {records} records, so clipping would bound no record; adapt other "
-                    "layers by adapter.target_modules (python -m fedlora.privacy.selftest names them)"
-                )
-
-    def _bounded(self) -> Tensor:
-        """The norms of the records' gradients, those that are not finite taken out of the step.
-
-        Opacus would clip an infinite gradient to 0 · ∞ = NaN, and an update of NaN tells that the record is there.
+        A record whose gradient is not finite takes no part: Opacus would clip it to 0 · ∞ = NaN, and an update of NaN tells
+        that the record is there. `gradients` may be changed in place.
         """
-        norms = record_norms(self.optimizer.params)
-        for parameter in self.optimizer.params:
-            parameter.grad_sample[~torch.isfinite(norms)] = 0
-        return norms[torch.isfinite(norms)].cpu()
-
-    def diagnose(self) -> dict[str, float]:
-        """What no ε covers and a simulation may look at: docs/metrics.md has the formulas.
-
-        Mean norm of single records' gradients, the share that was clipped, and, under plain SGD, the standard deviation of
-        the noise in each coordinate, and how large that noise is in B·A: as it was drawn, and as the formula foretells it.
-        """
-        norms = torch.cat([*self.norms, torch.zeros(0)])
-        shared = {"gradient_norm": mean([norms]), "clipped": mean([(norms > self.optimizer.max_grad_norm).float()])}
-        if not self.noise:
-            return shared
-        drawn, foretold = self.model.noise_in_products(self.noise, self.variance)
-        return shared | {"noise_std": self.variance**0.5, "noise_product": drawn, "noise_product_expected": foretold}
-
-    def _step(self, last: bool) -> None:
+        norms = gradients.norm(dim=1)
+        finite = torch.isfinite(norms)
+        if not finite.all():
+            gradients[~finite] = 0
+            norms = norms[finite]
+        self.norms.append(norms)
+        self.flat.grad_sample = gradients  # type: ignore[attr-defined]
+        self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.signal_skip_step(do_skip=not last)
         self.optimizer.step()
         if last and plain(self.optimizer.original_optimizer):
-            self._record_noise()
+            self._record_noise(lr)
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _record_noise(self) -> None:
+    def diagnose(self, layout: Layout, sent: Adapters, scale: float) -> dict[str, float]:
+        """What no ε covers and a simulation may look at: docs/metrics.md has the formulas.
+
+        Mean norm of single records' gradients, the share that was clipped, and, under plain SGD, the standard deviation of
+        the noise in each coordinate, and how large that noise is in scale · B·A: as it was drawn, and as it is foretold.
+        `sent` are the factors that the client began with, of which those that it trains have changed since.
+        """
+        norms = torch.cat(self.norms)
+        clipped = norms > self.optimizer.max_grad_norm
+        shared = {"gradient_norm": _mean(norms), "clipped": _mean(clipped.float())}
+        if self.noise is None:
+            return shared
+        trained, _ = layout.split(self.flat.detach().cpu().numpy())
+        noise, _ = layout.split(self.noise.cpu().numpy())
+        zero = {layer: {f: np.zeros_like(array) for f, array in pair._asdict().items()} for layer, pair in sent.items()}
+        products = [
+            lowrank.noise(Pair(**(pair._asdict() | trained[layer])), Pair(**(zero[layer] | noise[layer])), self.variance)
+            for layer, pair in sent.items()
+        ]
+        drawn, expected = (scale * math.sqrt(math.fsum(column)) for column in zip(*products, strict=True))
+        return shared | {"noise_std": self.variance**0.5, "noise_product": drawn, "noise_product_expected": expected}
+
+    def _record_noise(self, lr: float) -> None:
         """Adds this step's noise: Opacus leaves p.grad = (clipped sum + noise) / (q·n) and the sum in p.summed_grad."""
-        lr, expected = self.optimizer.param_groups[0]["lr"], self.optimizer.expected_batch_size
+        expected = self.optimizer.expected_batch_size
         self.variance += (lr * self.optimizer.noise_multiplier * self.optimizer.max_grad_norm / expected) ** 2
-        for parameter in self.optimizer.params:
-            moved = -lr * (parameter.grad - parameter.summed_grad / expected)
-            self.noise[parameter] = self.noise.get(parameter, 0) + moved
+        moved = torch.sub(self.flat.summed_grad / expected, self.flat.grad).mul_(lr)  # type: ignore[attr-defined, arg-type]
+        self.noise = moved if self.noise is None else self.noise.add_(moved)
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.mean()) if len(values) else 0.0
 
 
 def plain(optimizer: torch.optim.Optimizer) -> bool:
@@ -120,43 +126,69 @@ def plain(optimizer: torch.optim.Optimizer) -> bool:
     return isinstance(optimizer, torch.optim.SGD) and not group["momentum"] and not group["weight_decay"]
 
 
-def record_norms(parameters: list[nn.Parameter]) -> Tensor:
-    """The norm of each record's gradient over all parameters together, from Opacus' grad_sample: shape (batch,)."""
-    each = [parameter.grad_sample.flatten(1).norm(dim=1) for parameter in parameters]  # type: ignore[attr-defined]
-    return torch.stack(each).norm(dim=0)
+@dataclass
+class PrivateStep:
+    """One step of DP-SGD on a batch, in forward passes of at most `physical` examples, the gradients by Opacus' hooks."""
+
+    model: AdaptedModel
+    examples: Encoded
+    parameters: list[nn.Parameter]
+    descent: PrivateDescent
+    physical: int
+
+    def __call__(self, batch: np.ndarray, lr: float) -> Tensor:
+        """Descend once; returns the losses of the records, shape (len(batch),), for diagnosis."""
+        losses = []
+        parts = [batch[start : start + self.physical] for start in range(0, len(batch), self.physical)]
+        for number, part in enumerate(parts):
+            output = self.model.forward(self.examples.batch(part, self.model.device))
+            output.loss.backward()  # the mean over the part, which the hooks take apart again
+            losses.append(output.loss.detach().expand(len(part)))
+            self.descent.take(self._gradients(len(part)), lr, last=number == len(parts) - 1)
+        if not parts:
+            self.descent.take(self.descent.flat.new_zeros((0, len(self.descent.flat))), lr)
+        return torch.cat(losses) if losses else torch.zeros(0)
+
+    def _gradients(self, records: int) -> Tensor:
+        """The gradients of single records, (records, P); what the hooks hold is let go.
+
+        Raises RunError where a layer's rows are not records (windowed attention): clipping them would bound no record.
+        """
+        rows = [parameter.grad_sample for parameter in self.parameters]  # type: ignore[attr-defined]
+        if wrong := [len(each) for each in rows if len(each) != records]:
+            raise rows_are_not_records(wrong[0], records)
+        gradients = torch.cat([each.flatten(1) for each in rows], dim=1)
+        for parameter in self.parameters:
+            parameter.grad = parameter.grad_sample = None  # type: ignore[attr-defined]
+        return gradients
+
+
+def rows_are_not_records(rows: int, records: int) -> RunError:
+    """What to say where a trained layer sees other rows than records."""
+    return RunError(
+        f"a trained layer sees {rows} rows for {records} records, so clipping would bound no record; adapt other "
+        "layers by adapter.target_modules (python -m fedlora.privacy.selftest names them)"
+    )
 
 
 @contextmanager
-def private_step(
-    model: AdaptedModel,
-    examples: Encoded,
-    optimizer: torch.optim.Optimizer,
-    mechanism: Mechanism,
-    expected: float,
-    physical: int,
-    streams: tuple[int, int, int],
+def hooked(
+    model: AdaptedModel, examples: Encoded, parameters: list[nn.Parameter], descent: PrivateDescent, physical: int
 ) -> Iterator[PrivateStep]:
-    """A `PrivateStep` that divides by `expected` = q·n, whole or not; the model's hooks are there only as long as it lasts."""
-    seed, client, round = streams
-    generator = torch.Generator(device=model.device)
-    generator.manual_seed(seeds.torch_seed(seed, "noise", client, round))
+    """A `PrivateStep`; Opacus' hooks sit in the model only as long as it lasts."""
     with warnings.catch_warnings():
         # Opacus listens to the gradients of the outputs only, and torch says at every step that there are others.
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
         hooks = GradSampleHooks(model.peft, loss_reduction="mean")
         try:
-            yield PrivateStep(
-                model,
-                examples,
-                DPOptimizer(
-                    optimizer,
-                    noise_multiplier=mechanism.noise_multiplier,
-                    max_grad_norm=mechanism.clip,
-                    expected_batch_size=expected,
-                    loss_reduction="mean",
-                    generator=generator,
-                ),
-                physical,
-            )
+            yield PrivateStep(model, examples, parameters, descent, physical)
         finally:
             hooks.cleanup()
+
+
+def flatten(parameters: list[nn.Parameter]) -> nn.Parameter:
+    """One parameter (P,) that holds the numbers of all of these, which become views of it."""
+    flat = nn.Parameter(torch.cat([parameter.detach().flatten() for parameter in parameters]))
+    for parameter, part in zip(parameters, flat.detach().split([p.numel() for p in parameters]), strict=True):
+        parameter.data = part.view(parameter.shape)
+    return flat

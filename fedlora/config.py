@@ -31,6 +31,7 @@ class ModelConfig:
     name: str = setting("vit_digits", "vit_digits (embedded, 64 × 4 layers) or hf (any Hugging Face classifier)")
     path: str | None = setting(None, "hf: local folder or hub name of the checkpoint")
     max_length: int = setting(128, "text: tokens kept of each example")
+    dropout: bool = setting(False, "hf: the base's own dropout acts in training too; off: its features are fixed")
 
 
 @dataclass
@@ -119,6 +120,7 @@ class EngineConfig:
     name: str = setting("ray", "ray (own grid over Ray actors), inline (this process) or flower (Flower's simulation)")
     workers: int | None = setting(None, "ray, flower: worker processes; none: one a core, or one a GPU")
     gpus_per_worker: float | None = setting(None, "ray, flower: share of a GPU a worker holds; none: 1 on cuda, else 0")
+    cohort: str = setting("auto", "ray, inline: clients that share a pass: auto (measured once a machine) or a number")
     retries: int = setting(2, "ray: times a client is run again after its worker died")
 
 

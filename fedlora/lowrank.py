@@ -49,6 +49,12 @@ def stack(pairs: Sequence[Pair], weights: np.ndarray) -> Pair:
     return Pair(A, B.astype(A.dtype))
 
 
+def pad(pair: Pair, rank: int) -> Pair:
+    """The same product at a higher rank: rows of zeros below A, columns of zeros beside B."""
+    more = rank - pair.rank
+    return Pair(np.pad(pair.A, ((0, more), (0, 0))), np.pad(pair.B, ((0, 0), (0, more))))
+
+
 def subtract(left: Pair, right: Pair) -> Pair:
     """A pair whose product is left.B @ left.A − right.B @ right.A, of rank r_left + r_right."""
     return stack([left, right], np.array([1.0, -1.0]))
@@ -72,6 +78,22 @@ def norm(pair: Pair) -> float:
     """
     A, B = _double(pair)
     return float(np.sqrt(max(np.sum((B.T @ B) * (A @ A.T)), 0.0)))
+
+
+def noise(pair: Pair, drawn: Pair, variance: float) -> tuple[float, float]:
+    """How large the noise in the factors is in B A: ‖BA − B°A°‖² as it was drawn, and what is expected of it.
+
+    `pair` holds the noisy factors, `drawn` what was added to them (all zero for a factor that got none), with `variance` σ²
+    a coordinate. For the factors before noise, E‖BA − B°A°‖² = σ²(m‖A°‖² + n‖B°‖²) + σ⁴·m·n·r; the terms of a factor
+    without noise are absent. Built from BA − B°A° = N_B A + B° N_A, in which nothing cancels.
+    """
+    (A, B), (in_A, in_B) = _double(pair), _double(drawn)
+    quiet = Pair(A - in_A, B - in_B)
+    difference = Pair(np.concatenate([A, in_A]), np.concatenate([in_B, quiet.B], axis=1))
+    (r, n), m, noisy_A, noisy_B = A.shape, len(B), in_A.any(), in_B.any()
+    expected = variance * (noisy_B * m * np.sum(quiet.A**2) + noisy_A * n * np.sum(quiet.B**2))
+    expected += variance**2 * m * n * r * (noisy_A and noisy_B)
+    return norm(difference) ** 2, float(expected)
 
 
 def spectrum(pair: Pair) -> np.ndarray:

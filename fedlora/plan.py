@@ -10,7 +10,7 @@ import psutil
 import torch
 from flwr.app import RecordDict
 
-from clients.train import local_steps, sampling_rate
+from clients.task import local_steps, sampling_rate
 from fedlora import engines, messages
 from fedlora.messages import ServerState
 from fedlora.participation import schedule

@@ -21,6 +21,7 @@ from fedlora.data import Dataset, partition
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.base import Base
 from fedlora.models.encode import Encoded
+from fedlora.models.rows import Rows
 
 
 @dataclass
@@ -37,6 +38,11 @@ class Workbench:
     def train(self) -> Encoded:
         """The training examples of all clients, encoded."""
         return self.base.encode(self.dataset.train)
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The model with factors by example."""
+        return Rows(self.model)
 
     @cached_property
     def test(self) -> Encoded:

@@ -27,7 +27,7 @@ def small(tmp_path):
         values = dataclasses.asdict(Config())
         values |= {"clients": 6, "rounds": 2, "clients_per_round": 4, "results": str(tmp_path / "results"), "device": "cpu"}
         values["train"]["steps"] = 2
-        values["engine"]["name"] = "inline"
+        values["engine"] |= {"name": "inline", "cohort": "1"}
         for key, value in overrides.items():
             group, _, setting = key.partition("__")
             if setting and group != "strategy":

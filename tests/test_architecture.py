@@ -14,6 +14,7 @@ PACKAGES = ("fedlora", "strategies", "clients")
 ALLOWED = {
     "fedlora.check": set(),
     "fedlora.seeds": set(),
+    "fedlora.cache": set(),
     "fedlora.lowrank": set(),
     "fedlora.messages": {"fedlora.lowrank"},
     "fedlora.participation": {"fedlora.seeds"},
@@ -34,13 +35,22 @@ ALLOWED = {
     "fedlora.report": {"fedlora.config", "fedlora.records"},
     "fedlora.privacy": {"fedlora.check", "fedlora.config", "fedlora.lowrank", "fedlora.messages", "fedlora.seeds"},
     # Commands that try the private training path: they wire parts as cli does, and nothing imports them.
-    "fedlora.privacy.audit": {"fedlora.check", "fedlora.models", "fedlora.privacy.accounting", "fedlora.seeds", "clients"},
+    "fedlora.privacy.audit": {
+        "fedlora.check",
+        "fedlora.config",
+        "fedlora.models",
+        "fedlora.privacy.accounting",
+        "fedlora.seeds",
+        "clients",
+    },
     "fedlora.privacy.selftest": {"fedlora.check", "fedlora.cli", "fedlora.models", "fedlora.workbench", "clients"},
     "strategies": {"fedlora.check", "fedlora.lowrank", "fedlora.messages", "fedlora.participation"},
     "clients": {
+        "fedlora.cache",
         "fedlora.check",
         "fedlora.config",
         "fedlora.evaluate",
+        "fedlora.lowrank",
         "fedlora.messages",
         "fedlora.models",
         "fedlora.privacy",

@@ -86,7 +86,7 @@ def same_noise_for_every_client(patch) -> None:
 
 def skipped_empty_batches(patch) -> None:
     real = PrivateStep.__call__
-    patch.setattr(PrivateStep, "__call__", lambda self, batch: real(self, batch) if len(batch) else torch.zeros(0))
+    patch.setattr(PrivateStep, "__call__", lambda self, batch, lr: real(self, batch, lr) if len(batch) else torch.zeros(0))
 
 
 FAULTS = {

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from clients.train import batches, local_steps, rate, train
+from clients.task import batches, local_steps, rate
+from clients.train import train
 from fedlora import workbench
 from fedlora.config import TrainConfig
 

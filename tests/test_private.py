@@ -7,7 +7,8 @@ import pytest
 from scipy import stats
 
 from clients.private import Mechanism
-from clients.train import poisson, sampling_rate, train
+from clients.task import poisson, sampling_rate
+from clients.train import train
 from fedlora import seeds, workbench
 from fedlora.config import TrainConfig
 
@@ -157,9 +158,9 @@ def test_a_record_whose_gradient_is_not_finite_takes_no_part_and_leaves_no_trace
     pixels = bench.train.pixels.clone()
     pixels[indices[3]] = float("nan")
     expected = {"batch_size": 8}
-    monkeypatch.setattr("clients.train.poisson", lambda indices, rate, steps, rng: iter([np.delete(indices, 3)]))
+    monkeypatch.setattr("clients.task.poisson", lambda indices, rate, steps, rng: iter([np.delete(indices, 3)]))
     without, _ = run(bench, mechanism, "B", indices, **expected)
-    monkeypatch.setattr("clients.train.poisson", lambda indices, rate, steps, rng: iter([indices]))
+    monkeypatch.setattr("clients.task.poisson", lambda indices, rate, steps, rng: iter([indices]))
     monkeypatch.setitem(bench.__dict__, "train", dataclasses.replace(bench.train, pixels=pixels))
     broken, _ = run(bench, mechanism, "B", indices, **expected)
     np.testing.assert_allclose(flat(broken), flat(without), atol=1e-6)

@@ -39,6 +39,11 @@ def make(config: Config, app: str = CLIENT_APP, on_reply: OnReply = lambda count
     return engine
 
 
+def cohort(config: Config) -> int | None:
+    """Clients that share a pass by the settings; None: as many as is quickest."""
+    return None if config.engine.cohort == "auto" else int(config.engine.cohort)
+
+
 def load_app(app: str) -> Any:
     """The ClientApp at `module:name`. It must be in an importable module: one in __main__ is unknown to a worker."""
     module, _, name = app.partition(":")

@@ -9,24 +9,23 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedlora.config import Config
-from fedlora.engines import OnReply, load_app
-from fedlora.engines.local import LocalGrid, call
+from fedlora.engines import OnReply, cohort
+from fedlora.engines.local import LocalGrid, play
 
 
 class InlineGrid(LocalGrid):
-    """Calls the ClientApp for each message in turn."""
+    """Calls the ClientApp for one cohort after another."""
 
-    def __init__(self, clients: int, app: str, on_reply: OnReply = lambda count: None) -> None:
-        super().__init__(clients, on_reply)
-        self.app = load_app(app)
+    def __init__(self, clients: int, app: str, cohort: int | None = 1, on_reply: OnReply = lambda count: None) -> None:
+        super().__init__(clients, app, cohort, on_reply)
 
     def execute(self, messages: list[Message], timeout: float | None) -> Iterator[Message]:
-        """One client at a time; no new one is begun after `timeout` seconds."""
+        """One cohort at a time; no new one is begun after `timeout` seconds."""
         deadline = time.monotonic() + timeout if timeout is not None else float("inf")
-        for message in messages:
+        for together in self.cohorts(messages):
             if time.monotonic() > deadline:
                 return
-            yield call(self.app, message, self.clients)
+            yield from play(self.app, together, self.clients)
 
 
 class InlineEngine:
@@ -45,4 +44,4 @@ class InlineEngine:
 
 def make(config: Config, app: str, on_reply: OnReply) -> InlineEngine:
     """An engine for `config.clients` clients in this process."""
-    return InlineEngine(InlineGrid(config.clients, app, on_reply))
+    return InlineEngine(InlineGrid(config.clients, app, cohort(config), on_reply))

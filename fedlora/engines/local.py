@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from flwr.app import Context, Error, Message, RecordDict, UserConfig
+from flwr.app import Context, Error, Message, MessageType, RecordDict, UserConfig
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+
+from fedlora.engines import load_app
 
 CLIENT_RAISED = 2  # Flower's error code for an exception in the ClientApp
 WORKER_LOST = 8  # and for a process that died
@@ -19,8 +22,8 @@ WORKER_LOST = 8  # and for a process that died
 class LocalGrid(Grid):
     """Nodes 1 … `clients`, node k being client k − 1; a subclass says how a batch of messages is executed."""
 
-    def __init__(self, clients: int, on_reply: Callable[[int], None]) -> None:
-        self.clients, self.on_reply = clients, on_reply
+    def __init__(self, clients: int, app: str, cohort: int | None, on_reply: Callable[[int], None]) -> None:
+        self.clients, self.app, self.cohort, self.on_reply = clients, load_app(app), cohort, on_reply
         self._sent = 0
         self._replies: dict[str, Message] = {}
         # Outside a Flower process nobody has said who we are, and without that no Message can be made.
@@ -70,6 +73,14 @@ class LocalGrid(Grid):
             self.on_reply(len(replies))
         return replies
 
+    def cohorts(self, batch: list[Message]) -> list[list[Message]]:
+        """The messages by who is played together: those of training, in cohorts, where the ClientApp can do that."""
+        training = bool(batch) and batch[0].metadata.message_type == MessageType.TRAIN
+        if not training or self.cohort == 1 or not hasattr(self.app, "cohorts"):
+            return [[message] for message in batch]
+        places = self.app.cohorts([(message, _context(message, self.clients)) for message in batch], self.cohort)
+        return [[batch[place] for place in cohort] for cohort in places]
+
     def _keep(self, replies: Iterable[Message]) -> Iterator[Message]:
         for reply in replies:
             self._replies[reply.metadata.reply_to_message_id] = reply
@@ -83,15 +94,28 @@ def carrying(message: Message, content: RecordDict) -> Message:
     return other
 
 
+def play(app: Any, batch: list[Message], clients: int) -> list[Message]:
+    """The replies of the ClientApp, in order; several messages go to it together.
+
+    Where that raises, each client is played by itself, so that the one to blame is the one that is named.
+    """
+    if len(batch) > 1:
+        with contextlib.suppress(Exception):
+            replies: list[Message] = app.together([(message, _context(message, clients)) for message in batch])
+            return replies
+    return [call(app, message, clients) for message in batch]
+
+
 def call(app: Any, message: Message, clients: int) -> Message:
     """The reply of the ClientApp, run as Flower runs it; an exception in it becomes an error reply with its sentence."""
-    node = message.metadata.dst_node_id
-    place = UserConfig({"partition-id": node - 1, "num-partitions": clients})
-    context = Context(
-        run_id=message.metadata.run_id, node_id=node, node_config=place, state=RecordDict(), run_config=UserConfig()
-    )
     try:
-        reply: Message = app(message, context)
+        reply: Message = app(message, _context(message, clients))
     except Exception as error:
         return Message(Error(CLIENT_RAISED, f"{type(error).__name__}: {error}"), reply_to=message)
     return reply
+
+
+def _context(message: Message, clients: int) -> Context:
+    node = message.metadata.dst_node_id
+    place = UserConfig({"partition-id": node - 1, "num-partitions": clients})
+    return Context(run_id=message.metadata.run_id, node_id=node, node_config=place, state=RecordDict(), run_config=UserConfig())

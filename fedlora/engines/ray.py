@@ -20,17 +20,16 @@ from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedlora.config import Config
-from fedlora.engines import OnReply, load_app, resources
-from fedlora.engines.local import WORKER_LOST, LocalGrid, call, carrying
+from fedlora.engines import OnReply, cohort, load_app, resources
+from fedlora.engines.local import WORKER_LOST, LocalGrid, carrying, play
 
 
 class Worker:
-    """A Ray actor: a process that plays one client at a time."""
+    """A Ray actor: a process that plays one cohort at a time."""
 
     def __init__(self, app: str) -> None:
         self.app = load_app(app)
-        self.key: Any = None  # of the content held
-        self.content: Any = None
+        self.held: dict[Any, Any] = {}  # the contents of the newest messages, by reference
 
     def warm(self, experiment: str) -> int:
         """Build the workbench before the first client asks for it; returns the process id."""
@@ -40,13 +39,12 @@ class Worker:
         len(bench.train)  # encodes
         return os.getpid()
 
-    def play(self, message: Message, content: list[Any], clients: int) -> Message:
-        """The ClientApp's reply. `content` is a one-element list, so that Ray passes the reference and not the value."""
+    def play(self, batch: list[Message], contents: list[Any], clients: int) -> list[Message]:
+        """The ClientApp's replies. `contents` has a reference for each message; in a list, Ray does not take their values."""
         import ray
 
-        if self.key != content[0]:
-            self.key, self.content = content[0], ray.get(content[0])
-        return call(self.app, carrying(message, self.content), clients)
+        self.held = {key: self.held[key] if key in self.held else ray.get(key) for key in dict.fromkeys(contents)}
+        return play(self.app, [carrying(m, self.held[key]) for m, key in zip(batch, contents, strict=True)], clients)
 
 
 class Pool:
@@ -102,45 +100,53 @@ def shutdown() -> None:
 class RayGrid(LocalGrid):
     """Executes messages on the workers of a pool."""
 
-    def __init__(self, clients: int, pool: Pool, retries: int, on_reply: OnReply = lambda count: None) -> None:
-        super().__init__(clients, on_reply)
+    def __init__(
+        self, clients: int, app: str, pool: Pool, retries: int, cohort: int | None = 1, on_reply: OnReply = lambda count: None
+    ) -> None:
+        super().__init__(clients, app, cohort, on_reply)
         self.pool, self.retries = pool, retries
         self.restarts = 0  # workers replaced so far
 
     def execute(self, messages: list[Message], timeout: float | None) -> Iterator[Message]:
-        """Every message on the next free worker; a client whose worker died `retries` + 1 times gets an error reply."""
+        """Every cohort on the next free worker.
+
+        Where its worker died `retries` + 1 times its clients are played one by one, as often, to find out whose fault it is;
+        that one gets an error reply.
+        """
         import ray
 
         deadline = time.monotonic() + timeout if timeout is not None else None
         # Messages of a round share one content object: each distinct one is stored once.
         stored = {id(m.content): m.content for m in messages}
         references = {key: ray.put(content) for key, content in stored.items()}
-        waiting = deque((message, self.retries) for message in messages)
-        running: dict[Any, tuple[Any, Message, int]] = {}
+        waiting = deque((together, self.retries) for together in self.cohorts(messages))
+        running: dict[Any, tuple[Any, list[Message], int]] = {}
         try:
             while waiting or running:
                 while waiting and self.pool.idle:
-                    worker, (message, retries) = self.pool.idle.popleft(), waiting.popleft()
-                    envelope = carrying(message, RecordDict())
-                    task = worker.play.remote(envelope, [references[id(message.content)]], self.clients)
-                    running[task] = (worker, message, retries)
+                    worker, (together, retries) = self.pool.idle.popleft(), waiting.popleft()
+                    envelopes = [carrying(message, RecordDict()) for message in together]
+                    contents = [references[id(message.content)] for message in together]
+                    running[worker.play.remote(envelopes, contents, self.clients)] = (worker, together, retries)
                 left = None if deadline is None else max(0.0, deadline - time.monotonic())
                 done, _ = ray.wait(list(running), num_returns=1, timeout=left)
                 if not done:
                     return  # out of time: those still running give no reply
-                worker, message, retries = running.pop(done[0])
+                worker, together, retries = running.pop(done[0])
                 try:
-                    reply = ray.get(done[0])
+                    replies = ray.get(done[0])
                     self.pool.idle.append(worker)
-                    yield reply
+                    yield from replies
                 except ray.exceptions.RayActorError:
                     self.pool.idle.append(self.pool.replace(worker))
                     self.restarts += 1
                     if retries:
-                        waiting.appendleft((message, retries - 1))
+                        waiting.appendleft((together, retries - 1))
+                    elif len(together) > 1:
+                        waiting.extendleft(([message], self.retries) for message in reversed(together))
                     else:
                         reason = f"its worker died {self.retries + 1} times (out of memory?)"
-                        yield Message(Error(WORKER_LOST, reason), reply_to=message)
+                        yield Message(Error(WORKER_LOST, reason), reply_to=together[0])
         finally:  # also when the run is stopped in mid-round: a busy worker is of no use to the next one
             for worker, _, _ in running.values():
                 self.pool.idle.append(self.pool.replace(worker))
@@ -169,7 +175,8 @@ class RayEngine:
 
     def run(self, drive: Callable[[Grid], object]) -> None:
         """Call `drive` with the grid as soon as Ray is up; the workers may still be warming."""
-        self.grid = RayGrid(self.config.clients, self.starting.result(), self.config.engine.retries, self.on_reply)
+        pool, retries = self.starting.result(), self.config.engine.retries
+        self.grid = RayGrid(self.config.clients, self.app, pool, retries, cohort(self.config), self.on_reply)
         drive(self.grid)
 
     def close(self) -> None:

@@ -58,7 +58,7 @@ class AdaptedModel:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # PEFT sets it right for Conv1D by itself
             self.peft = peft.get_peft_model(base.model, lora).to(device)
-        self.device, self.scale = device, config.alpha / config.rank
+        self.device, self.scale, self.base_dropout = device, config.alpha / config.rank, base.dropout
         names = {file_name(name): parameter for name, parameter in self.peft.named_parameters()}
         self._A = {n.removesuffix(".lora_A.weight"): p for n, p in sorted(names.items()) if n.endswith(".lora_A.weight")}
         self._B = {layer: names[f"{layer}.lora_B.weight"] for layer in self._A}
@@ -67,6 +67,11 @@ class AdaptedModel:
         self.initial_head = self.dense()  # kept, since the resident model outlives a run that trains its head
         for parameter in self.peft.parameters():
             parameter.requires_grad_(False)
+
+    @property
+    def layers(self) -> list[str]:
+        """The names of the adapted layers, sorted."""
+        return list(self._A)
 
     def adapters(self) -> Adapters:
         """A copy of the factors, float32."""
@@ -98,12 +103,24 @@ class AdaptedModel:
         chosen = [p for factor, ps in (("A", self._A), ("B", self._B)) if factor in trains for p in ps.values()]
         return [*chosen, *self._head.values()]
 
-    def train_mode(self) -> None:
-        """Dropout on; batch normalisation stays in eval: it is frozen, and would mix the records of a batch."""
-        self.peft.train()
-        for module in self.peft.modules():
+    def freeze(self) -> None:
+        """No parameter of the model requires a gradient any more."""
+        for parameter in (*self._A.values(), *self._B.values(), *self._head.values()):
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
+    def train_mode(self, dropout: bool = True) -> None:
+        """Training mode for what is trained and, with `dropout`, for the adapters' dropout (the base's: `model.dropout`).
+
+        The rest stays in eval. Batch normalisation always does: it is frozen, and would mix the records of a batch.
+        """
+        self.peft.train(dropout and self.base_dropout)
+        for name, module in self.peft.named_modules():
+            trained = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
+                module.training = False
+            elif trained or (dropout and "lora_dropout" in name):
+                module.training = True
 
     def forward(self, batch: dict[str, Tensor]) -> Any:
         """transformers' output for a batch: .loss (mean over examples) and .logits (N, classes)."""
@@ -135,24 +152,6 @@ class AdaptedModel:
             weight = weight.T
         _, values, right = np.linalg.svd(weight, full_matrices=False)
         return (np.sqrt(values[:rank])[:, None] * right[:rank]).astype(np.float32)
-
-    def noise_in_products(self, noise: Mapping[nn.Parameter, Tensor], variance: float) -> tuple[float, float]:
-        """How large the noise in the factors is in scale · B·A: the norm that was drawn, and its root mean square.
-
-        `noise` is what was added to each trained parameter, `variance` that of its coordinates, σ². Over all layers,
-        E‖noise in B·A‖² = scale² Σ [σ²(m‖A‖² + n‖B‖²) + σ⁴·m·n·r] for the factors before noise; the terms of a factor that
-        is not trained are absent.
-        """
-        drawn, foretold = 0.0, 0.0
-        for layer, A in self._A.items():
-            B = self._B[layer]
-            quiet = Pair(_numpy(A - noise.get(A, 0)).astype(np.float64), _numpy(B - noise.get(B, 0)).astype(np.float64))
-            loud = Pair(_numpy(A).astype(np.float64), _numpy(B).astype(np.float64))
-            drawn += lowrank.norm(lowrank.subtract(loud, quiet)) ** 2
-            (r, n), m, in_A, in_B = A.shape, B.shape[0], A in noise, B in noise
-            foretold += variance * (in_B * m * np.sum(quiet.A**2) + in_A * n * np.sum(quiet.B**2))
-            foretold += variance**2 * m * n * r * (in_A and in_B)
-        return self.scale * float(np.sqrt(drawn)), self.scale * float(np.sqrt(foretold))
 
     def save(self, folder: Path) -> None:
         """The adapter in PEFT's own format: `PeftModel.from_pretrained(base, folder)` reads it."""

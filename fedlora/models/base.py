@@ -15,9 +15,11 @@ from fedlora.models.encode import Encoded
 class Base:
     """A pretrained classifier, not yet adapted.
 
-    `new` names the parameters that the checkpoint lacked, so that they were drawn at random (a fresh head).
+    `new` names the parameters that the checkpoint lacked, so that they were drawn at random (a fresh head); `dropout` says
+    whether the dropout inside the base acts while adapters are trained.
     """
 
     model: nn.Module  # forward(**batch, labels=(N,)) gives .loss and .logits (N, classes)
     encode: Callable[[Examples], Encoded]
     new: list[str] = field(default_factory=list)
+    dropout: bool = False

@@ -35,10 +35,11 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from clients.private import Mechanism, private_step
-from clients.train import poisson
+from clients.private import Mechanism, flatten, hooked
+from clients.task import Task, poisson
 from fedlora import check, seeds
 from fedlora.check import ConfigError
+from fedlora.config import TrainConfig
 from fedlora.models.encode import Encoded
 from fedlora.privacy.accounting import epsilon
 
@@ -170,15 +171,18 @@ def _descent(settings: Settings, client: int, owned: np.ndarray, coins: np.ndarr
     expected, physical = settings.sample_rate * size, settings.physical or size
     examples = _Canaries(torch.zeros(settings.canaries, dtype=torch.int64))
     model: Any = _Model(settings.canaries, LOUD * settings.clip)
-    optimizer = torch.optim.SGD(model.peft.parameters(), lr=1.0)
-    weights, total = model.peft.weight.detach().numpy()[0], np.zeros(settings.canaries)  # weights: as they are, not a copy
+    parameters = list(model.peft.parameters())
+    flat = flatten(parameters)
+    weights, total = flat.detach().numpy(), np.zeros(settings.canaries)  # weights: as they are, not a copy
     for round in range(1, settings.rounds + 1):
         rng = seeds.stream(settings.seed, "batches", client, round)
         draws = poisson(indices, settings.sample_rate, settings.steps // settings.rounds, rng)
-        with private_step(model, examples, optimizer, mechanism, expected, physical, (settings.seed, client, round)) as descend:
+        task = Task(indices, TrainConfig(lr=1.0), "B", (1, 1), (settings.seed, client, round), mechanism)
+        descent = mechanism.descent(task.optimizer([flat]), expected, task.seed("noise"))
+        with hooked(model, examples, parameters, descent, physical) as descend:
             for step, batch in enumerate(draws):
                 model.sign, before = (-1) ** (round + step), weights.copy()
-                descend(batch)
+                descend(batch, 1.0)
                 total += model.sign * (before - weights)
     return total
 

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from opacus.grad_sample import GradSampleHooks
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from clients.private import Mechanism, private_step
+from clients.private import Mechanism, flatten, hooked
 from clients.train import train
 from fedlora import cli, workbench
 from fedlora.check import ConfigError
@@ -219,18 +220,12 @@ def records(bench: Workbench) -> np.ndarray:
 
 @contextmanager
 def still(model: AdaptedModel) -> Iterator[None]:
-    """While this lasts, `model.peft.train()` wakes only the layers that are trained (which the hooks demand): no dropout."""
-
-    def wake(mode: bool = True) -> nn.Module:
-        for module in model.peft.modules():
-            module.training = mode and _trained(module)
-        return model.peft
-
-    model.peft.train = wake
+    """While this lasts, the model trains without dropout."""
+    model.train_mode = partial(AdaptedModel.train_mode, model, dropout=False)  # type: ignore[method-assign]
     try:
         yield
     finally:
-        del model.peft.train
+        del model.train_mode
         model.peft.eval()
 
 
@@ -247,17 +242,19 @@ def per_example(bench: Workbench, trains: str, batches: list[np.ndarray]) -> lis
     """For each batch, the per-example gradients (rows, …) of every trained parameter, by the hooks of `clients.private`."""
     model, parameters = bench.model, start(bench, trains)
     found = []
-    with private_step(model, bench.train, torch.optim.SGD(parameters), Mechanism(0.0, 1.0), 1.0, 1, (0, 0, 0)) as step:
+    descent = Mechanism(0.0, 1.0).descent(torch.optim.SGD([flatten(parameters)]), 1.0, 0)
+    with hooked(model, bench.train, parameters, descent, 1):
         for batch in batches:
             found.append(_backward(bench, parameters, batch, "grad_sample"))
-            step.optimizer.zero_grad(set_to_none=True)
+            for parameter in parameters:
+                parameter.grad = parameter.grad_sample = None  # type: ignore[attr-defined]
     return found
 
 
 def _backward(bench: Workbench, parameters: list[nn.Parameter], batch: np.ndarray, attribute: str) -> list[Tensor]:
     """This attribute of every parameter after one backward pass. Raises ConfigError if one has got no gradient."""
     with still(bench.model):
-        bench.model.peft.train()
+        bench.model.train_mode()
         bench.model.forward(bench.train.batch(batch, bench.model.device)).loss.backward()
     found = [getattr(parameter, attribute) for parameter in parameters]
     for name, parameter in bench.model.peft.named_parameters():

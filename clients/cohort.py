@@ -1,0 +1,216 @@
+"""Many clients in one pass: their batches go through the frozen base together, each example with its own client's factors.
+
+    a step of every client:   batches ──→ one forward and backward pass ──→ gradients by example ──→ client by client:
+                              (own streams)                                 (N, P)                   clip, sum, noise, descend
+
+What is a client's own stays its own: draws, dropout, noise, learning rate, optimiser. So the numbers are those of
+`clients.train`, to the rounding of float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from clients.private import PrivateDescent
+from clients.task import Task
+from clients.train import mean
+from fedlora import lowrank
+from fedlora.lowrank import Adapters, Pair
+from fedlora.models.encode import Encoded
+from fedlora.models.layout import Layout
+from fedlora.models.rows import Rows, Span
+
+
+@dataclass(frozen=True)
+class Member:
+    """A client of a cohort: its task, and what it was sent. Ranks may differ from member to member."""
+
+    task: Task
+    adapters: Adapters
+    dense: dict[str, np.ndarray]
+    scale: float  # alpha / rank
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a member has come to."""
+
+    adapters: Adapters
+    dense: dict[str, np.ndarray]
+    metrics: dict[str, float]
+
+
+def train_together(rows: Rows, examples: Encoded, members: Sequence[Member]) -> list[Trained]:
+    """The local training of all members, in their order; the resident model's own factors are not touched.
+
+    The smallest `physical_batch_size` of the members bounds the examples of a pass; without one a pass takes the whole
+    batches of everybody. Raises ValueError where a layer's rows are not examples (windowed attention).
+    """
+    cohort = Cohort(rows, examples, members)
+    with rows.installed():
+        while active := [trainee for trainee in cohort.trainees if trainee.step < trainee.task.steps]:
+            cohort.advance(active)
+    return [trainee.result() for trainee in cohort.trainees]
+
+
+class Cohort:
+    """The members in training, and the vector of factors that a pass gives to each of their examples.
+
+    The vector has every factor that any member trains, at the highest rank of each layer. Padding is zero in A and in B, so
+    that it changes no product; a member takes its own entries out of the gradient, so that padding gets no noise.
+    """
+
+    def __init__(self, rows: Rows, examples: Encoded, members: Sequence[Member]) -> None:
+        self.rows, self.examples, self.device = rows, examples, rows.model.device
+        rows.model.freeze()
+        rows.model.train_mode()
+        ranks = {layer: max(member.adapters[layer].rank for member in members) for layer in members[0].adapters}
+        wide = [{layer: lowrank.pad(pair, ranks[layer]) for layer, pair in member.adapters.items()} for member in members]
+        trained = [f for f in "AB" if any(f in member.task.trains for member in members)]
+        self.layout = Layout.of(wide[0], members[0].dense, "".join(trained))
+        starts = [self._tensor(self.layout.join(w, member.dense)) for w, member in zip(wide, members, strict=True)]
+        self.trainees = [Trainee(i, m, starts[i], self.layout) for i, m in enumerate(members)]
+        frozen = [(layer, f) for layer in ranks for f in "AB" if f not in trained]
+        self.frozen = {(layer, f): self._by_member([getattr(w[layer], f) for w in wide]) for layer, f in frozen}
+        scales = [member.scale for member in members]
+        self.scale = scales[0] if len(set(scales)) == 1 else self._tensor(np.array(scales, np.float32)).view(-1, 1, 1)
+        self.limit = min((size for m in members if (size := m.task.settings.physical_batch_size)), default=None)
+
+    def advance(self, active: list[Trainee]) -> None:
+        """One step of every active member."""
+        batches = [trainee.draw() for trainee in active]
+        vectors = torch.stack([trainee.vector() for trainee in active])
+        for trainee, batch in zip(active, batches, strict=True):
+            if not len(batch):
+                trainee.take(vectors[:0], vectors.new_zeros(0), last=True)
+        indices, owners = np.concatenate(batches), np.repeat(np.arange(len(active)), [len(batch) for batch in batches])
+        ends = np.cumsum([len(batch) for batch in batches])
+        limit = self.limit or max(1, len(indices))
+        for start in range(0, len(indices), limit):
+            part = slice(start, min(start + limit, len(indices)))
+            gradients, losses = self._pass(active, owners[part], vectors, indices[part])
+            present, first, counts = np.unique(owners[part], return_index=True, return_counts=True)
+            for k, begin, count in zip(present, first, counts, strict=True):
+                own = slice(begin, begin + count)
+                active[k].take(gradients[own], losses[own], last=ends[k] <= part.stop)
+
+    def _pass(self, active: list[Trainee], owners: np.ndarray, vectors: Tensor, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Gradients (N, P) and losses (N,) of these examples; the row of `vectors` (K, P) for example e is owners[e]."""
+        owner = self._tensor(owners)
+        number = self._tensor(np.array([trainee.number for trainee in active]))[owner]
+        leaf = vectors.index_select(0, owner).requires_grad_()
+        parts = leaf.split(self.layout.sizes, dim=1)
+        trained = {(s.name, s.factor): p.view(-1, *s.shape) for s, p in zip(self.layout.slots, parts, strict=True)}
+        frozen = {key: array if array.dim() == 2 else array[number] for key, array in self.frozen.items()}
+        scale = self.scale if isinstance(self.scale, float) else self.scale[number]
+        batch = self.examples.batch(indices, self.device)
+        self.rows.give(trained | frozen, scale, self._spans(active, owners, batch))
+        losses = nn.functional.cross_entropy(self.rows.logits(batch), batch["labels"], reduction="none")
+        losses.sum().backward()
+        assert leaf.grad is not None
+        return leaf.grad, losses.detach()
+
+    def _spans(self, active: list[Trainee], owners: np.ndarray, batch: dict[str, Tensor]) -> list[Span]:
+        """Whose rows are where, and how long they would be padded by themselves: what a member's own dropout depends on."""
+        if not self.rows.drops:
+            return []
+        mask = batch.get("attention_mask")
+        spans = []
+        for k in np.unique(owners):
+            start, stop = np.searchsorted(owners, [k, k + 1])
+            longest = int(mask[start:stop].sum(1).max()) if mask is not None else None
+            spans.append(Span(int(start), int(stop), longest, active[k].dropout))
+        return spans
+
+    def _by_member(self, arrays: list[np.ndarray]) -> Tensor:
+        """One array for all where it is the same, else stacked (K, …)."""
+        same = all(array is arrays[0] or np.array_equal(array, arrays[0]) for array in arrays)
+        return self._tensor(arrays[0] if same else np.stack(arrays))
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+
+class Trainee:
+    """A member in training: one flat parameter with all that it trains, its optimiser, its streams."""
+
+    def __init__(self, number: int, member: Member, start: Tensor, wide: Layout) -> None:
+        self.number, self.member, self.task, self.start = number, member, member.task, start
+        self.layout = Layout.of(member.adapters, member.dense, self.task.trains)
+        places = self.layout.places_in(wide)
+        self.places = None if places is None else torch.from_numpy(places).to(start.device)
+        self.flat = nn.Parameter(start.clone() if self.places is None else start[self.places])
+        self.descent = self._descent()
+        self.dropout = torch.Generator(device=start.device)
+        self.dropout.manual_seed(self.task.seed("dropout"))
+        self.draws, self.step, self.losses = self.task.batches(), 0, list[Tensor]()
+
+    def _descent(self) -> PlainDescent | PrivateDescent:
+        optimizer = self.task.optimizer([self.flat])
+        if self.task.mechanism is None:
+            return PlainDescent(self.flat, optimizer, self.task.settings.max_grad_norm, self.task.expected)
+        assert self.task.expected is not None
+        return self.task.mechanism.descent(optimizer, self.task.expected, self.task.seed("noise"))
+
+    def draw(self) -> np.ndarray:
+        """The examples of the next step."""
+        batch = next(self.draws)
+        self.divisor = self.task.expected or max(1, len(batch))
+        return batch
+
+    def vector(self) -> Tensor:
+        """The cohort's vector (P,) with this member's numbers in it."""
+        if self.places is None:
+            return self.flat.detach()
+        return self.start.index_copy(0, self.places, self.flat.detach())
+
+    def take(self, gradients: Tensor, losses: Tensor, last: bool) -> None:
+        """Gradients (n, P) of the cohort's vector and losses (n,) of this member's examples; with the last, descend."""
+        self.losses.append(losses if self.task.mechanism else losses.sum()[None] / self.divisor)
+        own = gradients if self.places is None else gradients[:, self.places]
+        self.descent.take(own, self.task.lr(self.step), last)
+        self.step += last
+
+    def result(self) -> Trained:
+        """What this member sends back."""
+        factors, dense = self.layout.split(self.flat.detach().cpu().numpy())
+        sent = self.member.adapters
+        adapters = {layer: Pair(**(pair._asdict() | factors[layer])) for layer, pair in sent.items()}
+        metrics = {"loss": self._loss(), "steps": float(self.task.steps)}
+        if isinstance(self.descent, PrivateDescent):
+            metrics |= self.descent.diagnose(self.layout, sent, self.member.scale)
+        return Trained(adapters, dense, metrics)
+
+    def _loss(self) -> float:
+        """The mean over steps of the batch's loss; of a private client, the mean over all records drawn."""
+        return mean(self.losses) if self.task.mechanism else float(torch.cat(self.losses).sum()) / self.task.steps
+
+
+@dataclass
+class PlainDescent:
+    """From the gradients of single examples to a step without privacy; one flat parameter (P,)."""
+
+    flat: nn.Parameter
+    optimizer: torch.optim.Optimizer
+    max_grad_norm: float | None
+    expected: float | None  # what the sum over a Poisson batch is divided by; None: the examples there are
+    taken: int = 0  # examples of the step so far
+
+    def take(self, gradients: Tensor, lr: float, last: bool = True) -> None:
+        """Adds the gradients (n, P) up; with the last of a step, descends along their mean."""
+        total = gradients.sum(0)
+        self.flat.grad = total if self.flat.grad is None else self.flat.grad.add_(total)
+        self.taken += len(gradients)
+        if not last:
+            return
+        self.flat.grad.div_(self.expected or self.taken)
+        if self.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_([self.flat], self.max_grad_norm)
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.step()
+        self.flat.grad, self.taken = None, 0

@@ -1,0 +1,96 @@
+"""How many clients should share a pass: measured on this machine, for this model and these batches, once.
+
+Fusing saves what a pass costs however little goes through it; past some size, more rows only leave the processor's caches.
+The size is measured before the first round and kept (`cohort.json` in the cache folder), so that the same command has the
+same cohorts, and with them the same bits, the next time on the same machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from clients.cohort import Member, train_together
+from clients.private import Mechanism
+from clients.task import Task
+from clients.train import perform
+from fedlora import cache
+from fedlora.workbench import Workbench
+
+SIZES = (1, 2, 4, 8, 16, 32, 64)
+GAIN = 0.97  # a larger cohort must take less than this share of the time a client takes in a smaller one
+PATIENCE = 5.0  # seconds of measuring after which no larger size is tried
+COPIES = 2**28  # entries that all examples' copies of their factors may have in a pass: 1 GiB, and as much of gradients
+
+
+def cohort_size(bench: Workbench, trains: str) -> int:
+    """Clients a pass that train fastest here; 1 where sharing gains nothing or the model refuses it (`Rows.refusal`)."""
+    if bench.rows.refusal:
+        return 1
+    key = _key(bench, trains)
+    if key not in (kept := cache.read("cohort")):
+        kept = {key: measure(bench, trains)}
+        cache.add("cohort", kept)
+    return int(kept[key])
+
+
+def group(tasks: Sequence[Task], size: int) -> list[list[int]]:
+    """The tasks, by their places, in cohorts of `size` alike ones: the longest first, so that no worker ends with one."""
+    work = [task.steps * min(task.settings.batch_size, len(task.indices)) for task in tasks]
+    order = sorted(range(len(tasks)), key=lambda place: (-work[place], place))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def measure(bench: Workbench, trains: str) -> int:
+    """The size with the fewest seconds a client and step, the sizes tried in rising order until one gains nothing."""
+    model, examples, config = bench.model, bench.train, bench.config
+    sizes = sorted((len(bench.examples_of(client)[0]), client) for client in range(config.clients))
+    indices, _ = bench.examples_of(sizes[len(sizes) // 2][1])
+    mechanism = Mechanism(1.0, config.privacy.clip) if config.privacy.name == "record" else None
+    settings = dataclasses.replace(config.train, steps=1, epochs=None)
+    start = model.initial("kaiming", config.seed)
+    tasks = [Task(indices, settings, trains, (1, 1), (config.seed, k, 0), mechanism) for k in range(SIZES[-1])]
+    members = [Member(task, start, model.initial_head, model.scale) for task in tasks]
+    entries = settings.batch_size * sum(pair.A.size + pair.B.size for pair in start.values())
+    model.write(start, model.initial_head)
+
+    def pass_of(size: int) -> Callable[[], object]:
+        if size == 1:
+            return lambda: perform(tasks[0], model, examples)
+        return lambda: train_together(bench.rows, examples, members[:size])
+
+    began, best, least = time.perf_counter(), 1, np.inf
+    for size in SIZES:
+        seconds = _quickest(pass_of(size)) / size
+        if seconds > GAIN * least or size * entries > COPIES:
+            break
+        best, least = size, seconds
+        if time.perf_counter() - began > PATIENCE:
+            break
+    return best
+
+
+def _quickest(run: Callable[[], object]) -> float:
+    """Seconds of the quickest of three runs, after one that warms up."""
+    run()
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+def _key(bench: Workbench, trains: str) -> str:
+    """Everything that the answer depends on."""
+    config = bench.config
+    machine = [platform.node(), platform.machine(), torch.__version__, torch.get_num_threads(), str(bench.model.device)]
+    settings = [dataclasses.asdict(group) for group in (config.model, config.adapter)]
+    private = config.privacy.name == "record"
+    return json.dumps([machine, settings, config.dataset.path, trains, config.train.batch_size, private], sort_keys=True)

@@ -1,0 +1,133 @@
+"""One pass of the frozen base for the examples of many clients, each example with factors of its own.
+
+              ┌── W0 (frozen, shared) ───────────────────┐
+    x (N,T,n) ┤                                          ├─→ y (N,T,m)        N examples of any clients, T positions
+              └── A[e] ── B[e] ── scale, for example e ──┘
+
+An example's copy of the factors is a leaf of the graph, so that its gradient *is* that example's gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fedlora.models.adapted import AdaptedModel, file_name
+
+Key = tuple[str, str]  # (layer, "A" or "B"), or (name of a dense array, "")
+
+
+class Span(NamedTuple):
+    """The neighbouring rows of one client, for its own dropout."""
+
+    start: int
+    stop: int
+    positions: int | None  # of the longest of its examples; None: all
+    generator: torch.Generator
+
+
+class Rows:
+    """The adapted model, with factors by example; `refusal` says why it cannot be had ("" if it can)."""
+
+    def __init__(self, model: AdaptedModel) -> None:
+        self.model = model
+        self.factors: Mapping[Key, Tensor] = {}
+        self.scale: float | Tensor = model.scale
+        self.spans: Sequence[Span] = ()
+        self.drops = False  # whether the adapters have dropout
+        self._forwards: dict[nn.Module, Callable[..., Tensor]] = {}
+        self.refusal = self._prepare()
+
+    def _prepare(self) -> str:
+        from peft.tuners.lora.layer import Linear as LoraLinear
+
+        if self.model.base_dropout:
+            return "model.dropout=true draws the dropout of all examples of a pass together"
+        for layer in self.model.layers:
+            module = self.model.peft.get_submodule(layer)
+            if not isinstance(module, LoraLinear) or module.lora_magnitude_vector:
+                return f"{layer} has an adapter other than plain LoRA"
+            self._forwards[module] = self._adapted(layer, module)
+        owners: dict[nn.Module, dict[str, str]] = {}
+        names = {file_name(name): name for name, _ in self.model.peft.named_parameters()}
+        for array in self.model.dense():
+            path, _, attribute = names[array].rpartition(".")
+            owners.setdefault(self.model.peft.get_submodule(path), {})[attribute] = array
+        for module, arrays in owners.items():
+            if type(module) not in (nn.Linear, nn.LayerNorm):
+                return f"the head trains a {type(module).__name__}, which has no form by example"
+            self._forwards[module] = self._head(module, arrays)
+        return ""
+
+    @contextmanager
+    def installed(self) -> Iterator[Rows]:
+        """While this lasts, the model's layers compute with `factors`, which must have been set."""
+        for module, forward in self._forwards.items():
+            module.forward = forward
+        try:
+            yield self
+        finally:
+            for module in self._forwards:
+                del module.forward
+            self.factors, self.spans = {}, ()
+
+    def give(self, factors: Mapping[Key, Tensor], scale: float | Tensor, spans: Sequence[Span]) -> None:
+        """What the next pass computes with.
+
+        Factors (N, r, n) and (N, m, r), an array of the head (N, …), a factor that all examples share without the N; scale a
+        number or (N, 1, 1).
+        """
+        self.factors, self.scale, self.spans = factors, scale, spans
+
+    def logits(self, batch: dict[str, Tensor]) -> Tensor:
+        """The logits (N, classes) of a batch, its labels left aside, float32."""
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        logits: Tensor = self.model.forward(inputs).logits
+        return logits.float()
+
+    def _adapted(self, layer: str, module: Any) -> Callable[..., Tensor]:
+        dropout = module.lora_dropout["default"]
+        share = getattr(dropout, "p", 0.0)
+        self.drops |= share > 0
+
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            out: Tensor = module.base_layer(x, *args, **kwargs)
+            A, B = self.factors[layer, "A"], self.factors[layer, "B"]
+            inner = self._by_example(x).to(A.dtype)
+            if share:
+                inner = inner * self._mask(inner, share)
+            inner = inner @ A.mT if A.dim() == 2 else torch.bmm(inner, A.mT)
+            delta = inner @ B.mT if B.dim() == 2 else torch.bmm(inner, B.mT)
+            return (out + self.scale * delta.view(out.shape)).to(out.dtype)
+
+        return forward
+
+    def _head(self, module: nn.Module, arrays: dict[str, str]) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            weight = self.factors[arrays["weight"], ""]
+            bias = self.factors[arrays["bias"], ""].unsqueeze(1) if "bias" in arrays else 0.0
+            inner = self._by_example(x).to(weight.dtype)
+            if isinstance(module, nn.LayerNorm):
+                normal = nn.functional.layer_norm(inner, module.normalized_shape, eps=module.eps)
+                return (normal * weight.unsqueeze(1) + bias).view(x.shape)
+            return (torch.bmm(inner, weight.mT) + bias).view(*x.shape[:-1], -1)
+
+        return forward
+
+    def _by_example(self, x: Tensor) -> Tensor:
+        """x as (N, T, features). Raises ValueError where the layer's rows are not examples (windowed attention)."""
+        examples = next(len(f) for f in self.factors.values() if f.dim() == 3)
+        if len(x) != examples:
+            raise ValueError(f"a layer sees {len(x)} rows for {examples} examples")
+        return x.reshape(examples, -1, x.shape[-1])
+
+    def _mask(self, x: Tensor, share: float) -> Tensor:
+        """Dropout's mask, each client's part drawn from its own generator in the shape it has by itself: 0 or 1/(1 − share)."""
+        mask = x.new_zeros(x.shape)
+        for start, stop, positions, generator in self.spans:
+            mask[start:stop, :positions].bernoulli_(1 - share, generator=generator)
+        return mask.div_(1 - share)
