@@ -53,9 +53,10 @@ def run(config: Config, started: float, app: str = engines.CLIENT_APP) -> dict[s
         def after_round(round: int, arrays: ArrayRecord) -> MetricRecord | None:
             """Flower calls this before the first round and after each."""
             row = {"round": round} | (strategy.report.as_row(started) if strategy.report else {})
+            row |= guard.spent() if guard else {}
             measured: dict[str, float] = {}
             if round % config.evaluate.every == 0 or round == config.rounds:
-                measured = measure(bench, arrays) | (guard.spent() if guard else {})
+                measured = measure(bench, arrays)
             row |= measured | {"seconds": time.perf_counter() - started}
             recorder.round(row)
             reached.append(strategy.state or state)

@@ -19,6 +19,7 @@ from fedlora.workbench import Workbench
 from strategies import LoRAStrategy
 
 if TYPE_CHECKING:
+    from fedlora.config import Config
     from fedlora.privacy.dp_fedavg import UserGuard
     from fedlora.privacy.record_level import Guard
 
@@ -69,11 +70,29 @@ def derive(bench: Workbench, strategy: LoRAStrategy, state: ServerState, guard: 
         ("device", str(model.device), f"device={config.device}"),
     ]  # fmt: skip
     if guard is not None:
-        rows.append(guard.derivation())
+        rows += [guard.derivation(), *cautions(config, counts)]
     if config.engine.name != "inline":
         workers, gpus = engines.resources(config)
         reason = "engine.workers" if config.engine.workers else "one a GPU" if gpus else "one a core"
         rows.append(("workers", f"{workers}", reason))
+    return rows
+
+
+def cautions(config: Config, counts: np.ndarray) -> Derived:
+    """What a private run may do and seldom means to; `counts` are the training examples of each client."""
+    rows, user = [], config.privacy.name == "user"
+    protected, delta = config.clients if user else int(counts.sum()), config.privacy.delta
+    if delta * protected >= 1:
+        what = "clients" if user else "training examples"
+        reason = f"not below 1/n of n = {protected} {what}: one of them may be laid open; set it well below {1 / protected:.2g}"
+        rows.append(("warning", f"privacy.delta={delta:g}", reason))
+    small = counts[counts < config.train.batch_size]
+    if not user and len(small):
+        reason = (
+            f"larger than the data of {len(small)} of {len(counts)} clients (the smallest has {small.min()}): they take all "
+            "their records in every step, q = 1, so that sampling amplifies nothing; lower it, or raise partition.min_examples"
+        )
+        rows.append(("warning", f"train.batch_size={config.train.batch_size}", reason))
     return rows
 
 

@@ -39,7 +39,7 @@ def summarise(config: Config, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "accuracy": last.get("accuracy"),
         "loss": last.get("loss"),
         "macro_f1": last.get("macro_f1"),
-        "epsilon": last.get("epsilon_max"),
+        "epsilon": rows[-1].get("epsilon_max") if rows else None,
         "accuracy_before": first.get("accuracy"),
         "bytes_up": sum(row["bytes_up"] for row in trained),
         "bytes_down": sum(row["bytes_down"] for row in trained),

@@ -77,16 +77,19 @@ class Rounds:
         self.sent += row.get("bytes_up", 0) + row.get("bytes_down", 0)
         if "accuracy" in row:
             self.accuracy = f"accuracy {row['accuracy']:.3f}  loss {row['loss']:.3f}"
+        epsilon = f"ε {row['epsilon_max']:.2f}  " if "epsilon_max" in row else ""
         if self.bar:
-            done = row["round"] * self.cohort
-            self.bar.update(self.task, completed=done, round=str(row["round"]), text=f"{self.accuracy}  sent {size(self.sent)}")
+            text = f"{self.accuracy}  {epsilon}sent {size(self.sent)}"
+            self.bar.update(self.task, completed=row["round"] * self.cohort, round=str(row["round"]), text=text)
         else:
             say(
                 f"round {row['round']}/{self.config.rounds}  {self.accuracy if 'accuracy' in row else 'not evaluated'}  "
-                f"up {size(row.get('bytes_up', 0))}  down {size(row.get('bytes_down', 0))}  {row['seconds']:.1f} s"
+                f"{epsilon}up {size(row.get('bytes_up', 0))}  down {size(row.get('bytes_down', 0))}  {row['seconds']:.1f} s"
             )
         for client, reason in row.get("drops", {}).items():
             say(f"  client {client} dropped in round {row['round']}: {reason}")
+        for client, reason in row.get("stops", {}).items():
+            say(f"  client {client} takes part no more from round {row['round']} on: it {reason}")
 
 
 def conclude(config: Config, summary: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pkgutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -102,6 +103,9 @@ def _check_privacy(config: Config) -> None:
         return
     if privacy.epsilon is None and privacy.noise_multiplier is None:
         raise ConfigError(f"privacy={privacy.name} needs privacy.epsilon=<budget> or privacy.noise_multiplier=<σ>")
+    noise = privacy.noise_multiplier if privacy.noise_multiplier is not None else math.isfinite(privacy.epsilon or 0)
+    if math.isinf(privacy.clip) and noise:
+        raise ConfigError("privacy.clip=inf bounds nothing, so that no noise protects; set a number, or privacy.epsilon=inf")
     if privacy.name == "user":
         check.one_of(("poisson", "fixed", "none"), **{"privacy.sampling": privacy.sampling})
         if privacy.epsilon is not None and privacy.noise_multiplier is not None:

@@ -240,6 +240,37 @@ def test_a_failed_integral_is_no_answer(monkeypatch) -> None:
         accounting.prv({(1.0, 0.5): 3}, DELTA)
 
 
+def test_a_grid_that_loses_the_mean_is_no_answer(monkeypatch) -> None:
+    monkeypatch.setattr(accounting, "_mean_loss", lambda sigma, rate: 0.5)
+    with pytest.raises(accounting.OutOfReach, match="not that of the loss"):
+        accounting.prv({(1.0, 0.5): 3}, DELTA)
+
+
+@pytest.mark.parametrize("exponent", [1, 2, 3, 13, 64, 1000])
+def test_powers_by_squaring(exponent) -> None:
+    base = np.exp(1j * np.linspace(0, 3, 50)) * np.linspace(0.9, 1, 50)
+    np.testing.assert_allclose(accounting._power(base, exponent), base**exponent, rtol=1e-11, atol=1e-300)
+
+
+@pytest.mark.parametrize("rate", [1e-12, 0.05, 0.9, 1 - 1e-12, 1.0])
+@pytest.mark.parametrize("sigma", [0.5, 3.0])
+def test_one_step_on_the_grid_is_its_distribution(rate, sigma) -> None:
+    """Ring order: losses 0, mesh, … up, then from the lowest to −mesh; the mean is kept to rounding, by a small shift."""
+    mesh, points = 0.01, 4096
+    ring, shift = accounting._discretise(sigma, rate, mesh, points)
+    losses = mesh * np.concatenate([np.arange(points), np.arange(-points, 0)])
+    assert ring.shape == (2 * points,) and ring.min() >= 0 and ring.sum() == pytest.approx(1, abs=1e-12)
+    assert abs(shift) < mesh / 2
+    with np.errstate(divide="ignore"):
+        assert ring @ losses + shift == pytest.approx(accounting._mean_loss(sigma, rate), abs=1e-12)
+    x = np.random.default_rng(0)
+    sample = sigma * x.standard_normal(200_000) + (x.random(200_000) < rate)
+    with np.errstate(divide="ignore"):
+        loss = np.logaddexp(np.log1p(-rate), math.log(rate) + (sample - 0.5) / sigma**2)
+    for level in (-0.5, -0.055, 0.015, 1.005):
+        assert ring[losses < level].sum() == pytest.approx(np.mean(loss < level), abs=0.02 if abs(level) < 0.1 else 0.006)
+
+
 @pytest.mark.parametrize("sigma", [0.02, 0.3, 1.0, 50.0])
 def test_the_mean_loss_is_exact(sigma) -> None:
     """Full batches: 1 / 2σ². Samples: against quadrature of the same integral, panel by panel."""

@@ -52,12 +52,35 @@ def test_a_client_stops_before_it_would_exceed_its_budget() -> None:
     saved = []
     config = PrivacyConfig("record", epsilon=4.0, noise_multiplier=1.5)
     guard = Guard(config, CLIENTS, 10, 0.35, lambda ledger: saved.append(ledger.to_json()))
-    admitted = [guard.admit(round, [0, 1]) for round in range(1, 9)]
-    times = sum(0 in cohort for cohort in admitted)
-    assert 1 <= times < 8 and admitted[times:] == [[]] * (8 - times) and guard.stopped == {0, 1}
+    times = 0
+    with pytest.raises(
+        RunError, match=r"take part any more; client 0 has spent ε = 3\.\d+, and 10 more steps .*; raise privacy"
+    ):
+        for round in range(1, 9):
+            assert guard.admit(round, [0, 1]) == [0, 1]
+            times += 1
+    assert 1 <= times < 8 and guard.stopped == set(guard.stops) == {0, 1}
+    with pytest.raises(RunError, match=r"round 9: no client that was drawn may take part any more; raise"):
+        guard.admit(9, [0, 1])
+    assert guard.stops == {}  # each is told of once
     assert guard.ledger.epsilon(0, 1e-5) <= 4.0 < epsilon({(1.5, 0.25): 10 * (times + 1)}, 1e-5)
-    assert len(saved) == 8 and Ledger.from_json(saved[-1]) == guard.ledger
+    assert len(saved) == times + 2 and Ledger.from_json(saved[-1]) == guard.ledger
     assert guard.spent()["clients_stopped"] == 2 and guard.spent()["epsilon_lower_quartile"] == 0.0
+
+
+def test_what_is_reported_is_what_the_ledger_says_and_only_what_has_changed_is_computed(monkeypatch) -> None:
+    guard = Guard(PrivacyConfig("record", noise_multiplier=1.5), CLIENTS, 10, 0.35, lambda ledger: None)
+    assert guard.spent()["epsilon_max"] == 0.0
+    asked = []
+    monkeypatch.setattr(Ledger, "epsilon", lambda self, c, *a, real=Ledger.epsilon: asked.append(c) or real(self, c, *a))
+    for round, cohort in enumerate(([0, 2], [2, 3], [1], [2]), 1):
+        guard.admit(round, cohort)
+        asked.clear()
+        spent = guard.spent()
+        assert sorted(asked) == cohort
+        epsilons = sorted(epsilon(guard.ledger.history(client), 1e-5) for client in range(4))
+        names = ("epsilon_lower_quartile", "epsilon_median", "epsilon_upper_quartile", "epsilon_max")
+        assert [spent[name] for name in names] == epsilons
 
 
 def test_what_is_derived_is_said_in_one_line() -> None:

@@ -77,7 +77,8 @@ class UserGuard:
         client sends together. No client at all (an empty Poisson cohort) is a release of noise alone.
         """
         start = _arrays(state.adapters, state.dense, trains)
-        clip, sigma = self.config.clip, self.ledger.noise_multiplier * self.config.clip
+        clip, z = self.config.clip, self.ledger.noise_multiplier
+        sigma = z * clip if z else 0.0  # a clip without noise may be infinite
         total = {key: np.zeros_like(array) for key, array in start.items()}
         norms = []
         for update in updates:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from fedlora.check import RunError
 from fedlora.config import PrivacyConfig
 from fedlora.privacy.calibration import calibrate
 from fedlora.privacy.ledger import Ledger
@@ -43,25 +45,43 @@ class Guard:
         self.noise_multipliers = noise_multipliers(config, clients, rounds, fraction)
         # σ that was derived from the schedule meets the budget by itself; a σ that was given may not.
         self.limit = config.epsilon if config.noise_multiplier is not None else None
+        self.stops: dict[int, str] = {}  # of the newest round: client → why it takes part no more
         self.stopped: set[int] = set()
+        self._epsilons = np.zeros(len(clients))  # spent, but by the clients of `_outdated`
+        self._outdated: set[int] = set()
 
     def admit(self, round: int, cohort: list[int]) -> list[int]:
-        """The clients of the cohort whose budget allows this round; their steps are in the ledger when this returns."""
-        allowed = [client for client in cohort if not self._would_exceed(client)]
-        self.stopped |= set(cohort) - set(allowed)
+        """The clients of the cohort whose budget allows this round; their steps are in the ledger when this returns.
+
+        Raises RunError where there are none.
+        """
+        self.stops = {
+            client: self._why(client) for client in cohort if client not in self.stopped and self._would_exceed(client)
+        }
+        self.stopped |= self.stops.keys()
+        allowed = [client for client in cohort if client not in self.stopped]
         for client in allowed:
             self.ledger.spend(client, self.noise_multipliers[client], self.clients[client].rate, self.clients[client].steps)
+        self._outdated |= set(allowed)
         self.save(self.ledger)
+        if not allowed:
+            new = "".join(f"; client {client} {why}" for client, why in list(self.stops.items())[:3])
+            raise RunError(
+                f"round {round}: no client that was drawn may take part any more{new}; raise privacy.epsilon or "
+                "privacy.noise_multiplier, or take fewer rounds"
+            )
         return allowed
 
-    def spent(self) -> dict[str, float]:
-        """ε spent so far over all clients, those that never took part at 0: largest, quartiles, and how many stopped."""
-        by_client = self.ledger.epsilons(self.config.delta, self.config.accountant)
-        epsilons = np.array([by_client.get(client, 0.0) for client in range(len(self.clients))])
-        quartiles = np.quantile(epsilons, [0.25, 0.5, 0.75], method="inverted_cdf")
+    def spent(self) -> dict[str, Any]:
+        """ε spent so far over all clients, those that never took part at 0: largest, quartiles; and who stopped."""
+        for client in self._outdated:
+            self._epsilons[client] = self.ledger.epsilon(client, self.config.delta, self.config.accountant)
+        self._outdated.clear()
+        quartiles = np.quantile(self._epsilons, [0.25, 0.5, 0.75], method="inverted_cdf")
         names = ("epsilon_lower_quartile", "epsilon_median", "epsilon_upper_quartile")
         measured = {name: float(value) for name, value in zip(names, quartiles, strict=True)}
-        return {"epsilon_max": float(epsilons.max()), **measured, "clients_stopped": float(len(self.stopped))}
+        stops = {"clients_stopped": len(self.stopped), "stops": self.stops}
+        return {"epsilon_max": float(self._epsilons.max())} | measured | stops
 
     def derivation(self) -> tuple[str, str, str]:
         """How σ came about, as (name, value, reason): «σ: 1.21  (ε = 3, δ = 1e-05, q = 0.2, 100 steps, PRV)»."""
@@ -86,7 +106,12 @@ class Guard:
             return False
         which = self.clients[client]
         arguments = (client, self.noise_multipliers[client], which.rate, which.steps, self.limit, self.config.delta)
-        return client in self.stopped or self.ledger.would_exceed(*arguments, self.config.accountant)
+        return self.ledger.would_exceed(*arguments, self.config.accountant)
+
+    def _why(self, client: int) -> str:
+        spent = self.ledger.epsilon(client, self.config.delta, self.config.accountant)
+        steps = self.clients[client].steps
+        return f"has spent ε = {spent:.4g}, and {steps} more steps would take it above privacy.epsilon={self.limit:g}"
 
 
 def noise_multipliers(config: PrivacyConfig, clients: list[Client], rounds: int, fraction: float) -> list[float]:
