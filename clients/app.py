@@ -6,8 +6,6 @@ clients of a process, and every array that a round changes is written before it 
 
 from __future__ import annotations
 
-import math
-import os
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -31,15 +29,13 @@ class CohortApp(ClientApp):
     def cohorts(self, batch: Sequence[tuple[Message, Context]], size: int | None) -> list[list[int]]:
         """Which of these training messages had best go together, by their places: the most work first.
 
-        `size` is the number of clients in a cohort; None: what is quickest on this machine. It depends on the clients and the
-        machine, not on how many workers there are.
+        `size` is the number of clients in a cohort; None: what is quickest on this machine.
         """
         from clients.cost import cohort_size, group
 
         job, bench = _job(batch[0][0])
         if size is None:
-            best = cohort_size(bench, str(job[messages.TRAINS]))
-            size = min(best, math.ceil(len(batch) / (os.cpu_count() or 1)))
+            size = cohort_size(bench, str(job[messages.TRAINS]), len(batch))
         return group([_task(message, context) for message, context in batch], size)
 
     def together(self, batch: Sequence[tuple[Message, Context]]) -> list[Message]:

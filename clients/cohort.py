@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clients.private import PrivateDescent
 from clients.task import Task
 from clients.train import mean
 from fedlora import lowrank
@@ -24,6 +24,9 @@ from fedlora.lowrank import Adapters, Pair
 from fedlora.models.encode import Encoded
 from fedlora.models.layout import Layout
 from fedlora.models.rows import Rows, Span
+
+if TYPE_CHECKING:
+    from clients.private import PrivateDescent
 
 
 @dataclass(frozen=True)
@@ -182,8 +185,7 @@ class Trainee:
         sent = self.member.adapters
         adapters = {layer: Pair(**(pair._asdict() | factors[layer])) for layer, pair in sent.items()}
         metrics = {"loss": self._loss(), "steps": float(self.task.steps)}
-        if isinstance(self.descent, PrivateDescent):
-            metrics |= self.descent.diagnose(self.layout, sent, self.member.scale)
+        metrics |= self.descent.diagnose(self.layout, sent, self.member.scale)
         return Trained(adapters, dense, metrics)
 
     def _loss(self) -> float:
@@ -214,3 +216,7 @@ class PlainDescent:
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
         self.flat.grad, self.taken = None, 0
+
+    def diagnose(self, layout: Layout, sent: Adapters, scale: float) -> dict[str, float]:
+        """Nothing beyond the loss."""
+        return {}

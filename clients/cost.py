@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -17,27 +19,31 @@ import numpy as np
 import torch
 
 from clients.cohort import Member, train_together
-from clients.private import Mechanism
 from clients.task import Task
 from clients.train import perform
 from fedlora import cache
 from fedlora.workbench import Workbench
 
+STEPS = 2  # of a client, in each measurement
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 GAIN = 0.97  # a larger cohort must take less than this share of the time a client takes in a smaller one
 PATIENCE = 5.0  # seconds of measuring after which no larger size is tried
 COPIES = 2**28  # entries that all examples' copies of their factors may have in a pass: 1 GiB, and as much of gradients
 
 
-def cohort_size(bench: Workbench, trains: str) -> int:
-    """Clients a pass that train fastest here; 1 where sharing gains nothing or the model refuses it (`Rows.refusal`)."""
+def cohort_size(bench: Workbench, trains: str, clients: int) -> int:
+    """How many of a round's `clients` had best share a pass here; 1 where the model refuses it (`Rows.refusal`).
+
+    At most so many that there is a cohort for each core. So it depends on the clients and on the machine, and not on how
+    many workers there are.
+    """
     if bench.rows.refusal:
         return 1
     key = _key(bench, trains)
     if key not in (kept := cache.read("cohort")):
         kept = {key: measure(bench, trains)}
         cache.add("cohort", kept)
-    return int(kept[key])
+    return min(int(kept[key]), math.ceil(clients / (os.cpu_count() or 1)))
 
 
 def group(tasks: Sequence[Task], size: int) -> list[list[int]]:
@@ -49,42 +55,49 @@ def group(tasks: Sequence[Task], size: int) -> list[list[int]]:
 
 def measure(bench: Workbench, trains: str) -> int:
     """The size with the fewest seconds a client and step, the sizes tried in rising order until one gains nothing."""
-    model, examples, config = bench.model, bench.train, bench.config
-    sizes = sorted((len(bench.examples_of(client)[0]), client) for client in range(config.clients))
-    indices, _ = bench.examples_of(sizes[len(sizes) // 2][1])
-    mechanism = Mechanism(1.0, config.privacy.clip) if config.privacy.name == "record" else None
-    settings = dataclasses.replace(config.train, steps=1, epochs=None)
-    start = model.initial("kaiming", config.seed)
-    tasks = [Task(indices, settings, trains, (1, 1), (config.seed, k, 0), mechanism) for k in range(SIZES[-1])]
-    members = [Member(task, start, model.initial_head, model.scale) for task in tasks]
-    entries = settings.batch_size * sum(pair.A.size + pair.B.size for pair in start.values())
-    model.write(start, model.initial_head)
-
-    def pass_of(size: int) -> Callable[[], object]:
-        if size == 1:
-            return lambda: perform(tasks[0], model, examples)
-        return lambda: train_together(bench.rows, examples, members[:size])
-
+    entries = bench.config.train.batch_size * sum(pair.A.size + pair.B.size for pair in bench.model.adapters().values())
     began, best, least = time.perf_counter(), 1, np.inf
     for size in SIZES:
-        seconds = _quickest(pass_of(size)) / size
-        if seconds > GAIN * least or size * entries > COPIES:
+        if size * entries > COPIES or (each := seconds(bench, trains, size)) > GAIN * least:
             break
-        best, least = size, seconds
+        best, least = size, each
         if time.perf_counter() - began > PATIENCE:
             break
     return best
 
 
-def _quickest(run: Callable[[], object]) -> float:
+def seconds(bench: Workbench, trains: str, size: int) -> float:
+    """Seconds of one local step of the median client, in a cohort of `size` like it; private if the run is.
+
+    The resident model's factors are overwritten.
+    """
+    model, examples, config = bench.model, bench.train, bench.config
+    counted = sorted((len(bench.examples_of(client)[0]), client) for client in range(config.clients))
+    indices, _ = bench.examples_of(counted[len(counted) // 2][1])
+    mechanism = None
+    if config.privacy.name == "record":
+        from clients.private import Mechanism
+
+        mechanism = Mechanism(1.0, config.privacy.clip)
+    settings = dataclasses.replace(config.train, steps=STEPS, epochs=None)
+    tasks = [Task(indices, settings, trains, (1, 1), (config.seed, k, 0), mechanism) for k in range(size)]
+    start = model.initial("kaiming", config.seed)
+    if size == 1:
+        model.write(start, model.initial_head)
+        return quickest(lambda: perform(tasks[0], model, examples)) / STEPS
+    members = [Member(task, start, model.initial_head, model.scale) for task in tasks]
+    return quickest(lambda: train_together(bench.rows, examples, members)) / (STEPS * size)
+
+
+def quickest(run: Callable[[], object]) -> float:
     """Seconds of the quickest of three runs, after one that warms up."""
     run()
-    seconds = []
+    taken = []
     for _ in range(3):
         began = time.perf_counter()
         run()
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
+        taken.append(time.perf_counter() - began)
+    return min(taken)
 
 
 def _key(bench: Workbench, trains: str) -> str:

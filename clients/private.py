@@ -25,6 +25,8 @@ from fedlora.models.adapted import AdaptedModel
 from fedlora.models.encode import Encoded
 from fedlora.models.layout import Layout
 
+UNBOUNDED = 1e30  # stands for an infinite clip, which Opacus would multiply by σ = 0
+
 
 @dataclass(frozen=True)
 class Mechanism:
@@ -44,7 +46,7 @@ class Mechanism:
         private = DPOptimizer(
             optimizer,
             noise_multiplier=self.noise_multiplier,
-            max_grad_norm=self.clip,
+            max_grad_norm=min(self.clip, UNBOUNDED),
             expected_batch_size=expected,
             loss_reduction="mean",
             generator=generator,

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clients.private import Mechanism, flatten, hooked
 from clients.task import Task
 from fedlora.config import TrainConfig
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.encode import Encoded
 from fedlora.models.layout import Layout
+
+if TYPE_CHECKING:
+    from clients.private import Mechanism
 
 
 def train(
@@ -44,6 +48,8 @@ def perform(task: Task, model: AdaptedModel, examples: Encoded) -> dict[str, flo
 
 def private(task: Task, model: AdaptedModel, examples: Encoded) -> tuple[list[Tensor], dict[str, float]]:
     """Steps of DP-SGD; returns the records' losses, step by step, and the diagnosis."""
+    from clients.private import flatten, hooked  # Opacus takes a second to load
+
     assert task.mechanism is not None and task.expected is not None
     parameters, sent = model.trainable(task.trains), model.adapters()
     model.train_mode()

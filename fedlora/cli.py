@@ -9,12 +9,10 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import fedlora
 from fedlora import check
 from fedlora.check import ConfigError, RunError
 from fedlora.config import Config, from_dict, settings
@@ -27,6 +25,8 @@ EXAMPLES = """examples:
   python run.py -m strategy=fedsvd,ffa_lora seed=1,2,3 rounds=20
   python run.py experiment=sst2 dataset.path=train.tsv dataset.test=test.tsv model.path=bert-base-uncased plan=true
 """
+
+DETAILED = 3  # cells of a sweep whose plans are printed whole
 
 
 def main(configs: Path, argv: Sequence[str] | None = None) -> int:
@@ -136,35 +136,17 @@ def _one_sentence(error: Exception) -> str:
 
 
 def _run(cells: list[Config]) -> int:
-    """Run the cells one after another; a failed one is shown and the rest go on."""
-    from fedlora import experiment, records, terminal
+    """Run the cells; of several, a failed one is shown and the rest go on, and a table is their end."""
+    from fedlora import cells as work
 
     _quiet()
-    folders = [records.Recorder(cell).folder for cell in cells]  # refuses those that hold other runs
-    if twice := [str(folder) for folder in folders if folders.count(folder) > 1]:
-        raise ConfigError(
-            f"{twice[0]} would hold {twice.count(twice[0])} cells of this sweep; sweep settings that change numbers, and give "
-            "no name or one for each cell"
-        )
-    done: list[tuple[Config, dict[str, Any]]] = []
-    for number, cell in enumerate(cells, 1):
-        if len(cells) > 1:
-            terminal.say(f"cell {number} of {len(cells)}: {cell.name or records.run_name(cell)}")
-        try:
-            summary = experiment.run(cell, fedlora.STARTED if number == 1 else time.perf_counter())
-        except (ConfigError, RunError) as error:
-            if len(cells) == 1:
-                raise
-            print(f"error: {error}", file=sys.stderr)
-            summary = {"status": "failed"}
-        done.append((cell, summary))
-        if summary["status"] != "failed":
-            terminal.conclude(cell, summary)
-        if summary["status"] == "interrupted":
-            return 130
+    done = work.run(cells)
+    statuses = {summary["status"] for _, summary in done}
+    if "interrupted" in statuses:
+        return 130
     if len(cells) > 1:
         _tabulate(done)
-    return 1 if any(summary["status"] == "failed" for _, summary in done) else 0
+    return 1 if "failed" in statuses else 0
 
 
 def _tabulate(done: list[tuple[Config, dict[str, Any]]]) -> None:
@@ -182,16 +164,24 @@ def _tabulate(done: list[tuple[Config, dict[str, Any]]]) -> None:
 
 
 def _plan(cells: list[Config]) -> int:
-    """Print what each cell would come to, and train nothing."""
+    """Print what each cell would come to, and train nothing; of a long sweep only the table of all its cells."""
+    from fedlora import cells as work
     from fedlora import experiment, plan, records, terminal, workbench
 
     _quiet()
+    estimates, noise = [], []
     for cell in cells:
         bench, strategy = workbench.build(cell), experiment.make_strategy(cell)
         state = experiment.initial_state(bench, strategy)
-        terminal.announce(cell, [])
-        rows = plan.derive(bench, strategy, state, plan.guard(bench)) + plan.cost(bench, strategy, state)
-        terminal.table(cell.name or records.run_name(cell), ["", "", "because"], [list(row) for row in rows])
+        guard, estimate = plan.guard(bench), plan.estimate(bench, strategy, state)
+        estimates.append(estimate)
+        noise.append("–" if guard is None else " = ".join(guard.derivation()[:2]))
+        if len(cells) <= DETAILED:
+            terminal.announce(cell, [])
+            rows = plan.derive(bench, strategy, state, guard) + plan.expense(bench, strategy, state, estimate)
+            terminal.table(cell.name or records.run_name(cell), ["", "", "because"], [list(row) for row in rows])
+    if len(cells) > 1:
+        work.show_plan(cells, estimates, noise)
     return 0
 
 

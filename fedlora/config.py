@@ -140,7 +140,7 @@ class Config:
     threads: int = setting(1, "torch threads a process; part of the numbers, since it orders sums")
     results: str = setting("results", "folder that holds the results folders")
     overwrite: bool = setting(False, "run again where finished results or those of other settings stand")
-    plan: bool = setting(False, "print sizes, bytes, memory and steps, and train nothing")
+    plan: bool = setting(False, "print sizes, bytes, memory, steps and time, and train nothing")
     strategy: dict[str, Any] = setting({"name": "fedsvd"}, "the strategy and its settings; see --list")
     model: ModelConfig = field(default_factory=ModelConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)

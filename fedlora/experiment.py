@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,10 +25,11 @@ from fedlora.workbench import Workbench
 from strategies import LoRAStrategy
 
 
-def run(config: Config, started: float, app: str = engines.CLIENT_APP) -> dict[str, Any]:
+def run(config: Config, started: float, app: str = engines.CLIENT_APP, engine_name: str | None = None) -> dict[str, Any]:
     """Run the experiment and return its summary, which is also in the results folder.
 
-    `started` is the `time.perf_counter()` from which seconds count. A run that has finished before is not run again.
+    `started` is the `time.perf_counter()` from which seconds count; `engine_name` runs it on another engine than the one of
+    its settings, which the folder keeps. A run that has finished before is not run again.
     Raises ConfigError before any training, and RunError where the run cannot go on; Ctrl-C ends it with what there is.
     """
     recorder = Recorder(config)
@@ -37,7 +39,8 @@ def run(config: Config, started: float, app: str = engines.CLIENT_APP) -> dict[s
     recorder.claim()
     strategy = make_strategy(config)
     shown = terminal.Rounds(config)
-    engine = engines.make(config, app, lambda count: shown.replied(strategy.report, count))
+    placed = replace(config, engine=replace(config.engine, name=engine_name or config.engine.name))
+    engine = engines.make(placed, app, lambda count: shown.replied(strategy.report, count))
     try:
         bench = workbench.build(config)
         state = initial_state(bench, strategy)
@@ -77,11 +80,11 @@ def run(config: Config, started: float, app: str = engines.CLIENT_APP) -> dict[s
             evaluate_config=job,
             evaluate_fn=after_round,
         )
-        with shown, ctrl_c:
+        with shown, ctrl_c, terminal.notes() as notes:
             outcome = attempt(engine, rounds)
     finally:
         engine.close()
-    return conclude(bench, reached[-1], recorder, outcome)
+    return conclude(bench, reached[-1], recorder, outcome, notes)
 
 
 def make_strategy(config: Config) -> LoRAStrategy:
@@ -125,11 +128,13 @@ def attempt(engine: engines.Engine, rounds: Callable[[Grid], object]) -> dict[st
     return {"status": "finished"}
 
 
-def conclude(bench: Workbench, state: ServerState, recorder: Recorder, outcome: dict[str, str]) -> dict[str, Any]:
+def conclude(
+    bench: Workbench, state: ServerState, recorder: Recorder, outcome: dict[str, str], notes: list[str]
+) -> dict[str, Any]:
     """Save the merged adapter and the plot, write the summary last, and return it; raises RunError for a failed run."""
     bench.model.write(state.adapters, state.dense)
     rows = report.read_rounds(recorder.folder)
-    summary = report.summarise(bench.config, rows) | outcome
+    summary = report.summarise(bench.config, rows) | outcome | {"notes": notes}
     try:
         recorder.save(ADAPTER, bench.model.save)
         if rows:

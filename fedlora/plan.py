@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,11 +14,13 @@ import psutil
 import torch
 from flwr.app import RecordDict
 
+from clients import cost
 from clients.task import local_steps, sampling_rate
 from fedlora import engines, messages
+from fedlora.evaluate import evaluate
 from fedlora.messages import ServerState
 from fedlora.participation import schedule
-from fedlora.terminal import size
+from fedlora.terminal import duration, size
 from fedlora.workbench import Workbench
 from strategies import LoRAStrategy
 
@@ -96,22 +102,93 @@ def cautions(config: Config, counts: np.ndarray) -> Derived:
     return rows
 
 
-def cost(bench: Workbench, strategy: LoRAStrategy, state: ServerState) -> Derived:
-    """Bytes, steps and memory of the whole run; the memory of a step is measured by one forward pass, not guessed."""
+@dataclass(frozen=True)
+class Estimate:
+    """What a run comes to in all. Seconds are measured here, on one step and one batch, and leave out the start-up."""
+
+    trainings: int  # client rounds
+    steps: int  # of all of them
+    up: int  # bytes
+    down: int
+    step: float  # seconds of one optimiser step
+    training: float  # seconds of all that clients do, on one worker
+    evaluation: float  # seconds of the central tests
+    lanes: float  # clients at work at a time, on average over a round
+
+    @property
+    def seconds(self) -> float:
+        """From the first round to the last, with the clients on the workers."""
+        return self.training / self.lanes + self.evaluation
+
+    @property
+    def seconds_alone(self) -> float:
+        """The same with all clients in one process."""
+        return self.training + self.evaluation
+
+
+def estimate(bench: Workbench, strategy: LoRAStrategy, state: ServerState) -> Estimate:
+    """What the run comes to: exact but for its seconds."""
     config = bench.config
-    up, down = bytes_sent(state, strategy.trains), bytes_sent(state, "AB")
     rounds = schedule(config.seed, config.rounds, config.clients, config.cohort_size, config.poisson)
     trainings = rounds.total()
     counts = [len(bench.examples_of(client)[0]) for client in range(config.clients)]
     steps = sum(local_steps(config.train, counts[client]) * times for client, times in rounds.items())
+    every = config.evaluate.every
+    tested = (1 + config.rounds // every + (config.rounds % every > 0)) * len(bench.test)
+    held_out = (config.rounds // every) * sum(len(bench.examples_of(client)[1]) for client in range(config.clients))
+    step, example = _seconds(bench, strategy, state)
+    workers = 1 if config.engine.name == "inline" else engines.resources(config)[0]
+    return Estimate(
+        trainings=trainings,
+        steps=steps,
+        up=trainings * bytes_sent(state, strategy.trains),
+        down=trainings * bytes_sent(state, "AB"),
+        step=step,
+        training=steps * step + held_out * example,
+        evaluation=tested * example,
+        lanes=config.cohort_size / math.ceil(config.cohort_size / workers),
+    )
+
+
+_measured: dict[str, tuple[float, float]] = {}
+
+
+def _seconds(bench: Workbench, strategy: LoRAStrategy, state: ServerState) -> tuple[float, float]:
+    """Seconds of a client's local step, in the cohorts that the run would have, and of one example of the central test.
+
+    Measured once for runs that are alike in this.
+    """
+    config = bench.config
+    size = cost.cohort_size(bench, strategy.trains, config.cohort_size) if config.engine.cohort == "auto" else (
+        min(int(config.engine.cohort), config.cohort_size) if config.engine.name != "flower" else 1
+    )  # fmt: skip
+    groups = [asdict(group) for group in (config.model, config.dataset, config.adapter, config.train, config.evaluate)]
+    private = config.privacy.name == "record"
+    key = json.dumps([groups, config.device, config.threads, strategy.trains, private, size])
+    if key not in _measured:
+        batch = np.arange(min(len(bench.test), config.evaluate.batch_size))
+        test = cost.quickest(partial(evaluate, bench.model, bench.test, batch, config.evaluate.batch_size))
+        _measured[key] = cost.seconds(bench, strategy.trains, size), test / len(batch)
+        bench.model.write(state.adapters, state.dense)
+    return _measured[key]
+
+
+def expense(bench: Workbench, strategy: LoRAStrategy, state: ServerState, whole: Estimate) -> Derived:
+    """Bytes, steps, time and memory of the whole run; the memory of a step is measured by one forward pass, not guessed."""
+    config = bench.config
+    up, down = bytes_sent(state, strategy.trains), bytes_sent(state, "AB")
+    counts = [len(bench.examples_of(client)[0]) for client in range(config.clients)]
     weights = sum(p.numel() * p.element_size() for p in bench.model.peft.parameters())
     trained = sum(array.size for array in sent(state, strategy.trains)) * 4
     moments = {"sgd": int(config.train.momentum > 0), "adamw": 2}[config.train.optimizer]
     activations = saved_bytes(bench, strategy, int(np.argmax(counts)))
+    trainings = f"{whole.trainings} client rounds"
     return [
         ("bytes a client and round", f"up {size(up)}, down {size(down)}", "arrays as sent, 128 bytes of header each"),
-        ("bytes of the run", f"up {size(trainings * up)}, down {size(trainings * down)}", f"{trainings} client rounds"),
-        ("steps", f"{steps:,}", f"optimiser steps of the {trainings} client rounds that the seed draws"),
+        ("bytes of the run", f"up {size(whole.up)}, down {size(whole.down)}", trainings),
+        ("steps", f"{whole.steps:,}", f"optimiser steps of the {trainings} that the seed draws"),
+        ("time", f"about {duration(whole.seconds)}", f"an estimate without start-up: {1000 * whole.step:.3g} ms a step, "
+            f"clients {whole.lanes:.3g} at a time, and {duration(whole.evaluation)} of tests; measured here"),
         ("base model", size(weights), "once in each process"),
         ("adapters, gradients, optimiser", size(trained * (2 + moments)), f"{2 + moments} × what is trained, float32"),
         ("activations of a step", size(activations), "saved for the backward pass; measured on the largest client"),
@@ -120,7 +197,7 @@ def cost(bench: Workbench, strategy: LoRAStrategy, state: ServerState) -> Derive
             size(psutil.Process().memory_info().rss),
             "resident, with model and data; a worker is alike",
         ),
-    ]
+    ]  # fmt: skip
 
 
 def bytes_sent(state: ServerState, factors: str) -> int:

@@ -94,6 +94,13 @@ class Recorder:
         """The summary of the run that stands in the folder."""
         return self._read_summary()
 
+    def rounds(self) -> int:
+        """Rounds that are on disk, so that a run in another process can be followed."""
+        try:
+            return max(0, (self.folder / ROUNDS).read_bytes().count(b"\n") - 1)  # the first line is round 0
+        except OSError:
+            return 0
+
     def claim(self) -> None:
         """Make the folder and try it, before any time is spent. Raises ConfigError if it cannot be written."""
         try:

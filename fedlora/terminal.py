@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,33 @@ def size(count: float) -> str:
     return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
 
 
+def duration(seconds: float) -> str:
+    """Seconds for people: 4.2 s, 12 min, 3.5 h."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+@contextmanager
+def notes() -> Iterator[list[str]]:
+    """Within, a warning of ours is one line, once for each kind; yields the sentences that were said."""
+    kinds: set[type[Warning]] = set()
+    sentences: list[str] = []
+    usual = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        if not category.__module__.startswith("fedlora."):
+            usual(message, category, *place)
+        elif category not in kinds:
+            kinds.add(category)
+            sentences.append(str(message))
+            say(f"note: {message}")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show  # type: ignore[assignment]  # `place` is the rest of its arguments
+        yield sentences
+
+
 def say(sentence: str) -> None:
     """One line, as it is."""
     console.print(sentence, markup=False)
@@ -51,10 +80,7 @@ class Rounds:
         self.sent, self.accuracy = 0, ""
         self.bar: Progress | None = None
         if console.is_terminal:
-            self.bar = Progress(
-                TextColumn("round {task.fields[round]}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
-                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console,
-            )  # fmt: skip
+            self.bar = _bar("round {task.fields[round]}", "{task.fields[text]}")
             self.task = self.bar.add_task("", total=config.rounds * self.cohort, round="0", text="starting")
 
     def __enter__(self) -> Rounds:
@@ -92,14 +118,50 @@ class Rounds:
             say(f"  client {client} takes part no more from round {row['round']} on: it {reason}")
 
 
-def conclude(config: Config, summary: dict[str, Any]) -> None:
-    """The outcome of a run that finished, or was stopped, and where it is."""
+class Cells:
+    """One bar for cells that run side by side, whose own rounds are in their folders only; use as a context manager."""
+
+    def __init__(self, recorders: dict[int, records.Recorder]) -> None:
+        self.recorders = recorders
+        self.bar: Progress | None = None
+        if console.is_terminal:
+            self.bar = _bar("{task.fields[text]}", "rounds")
+            self.task = self.bar.add_task("", total=sum(each.config.rounds for each in recorders.values()), text="starting")
+
+    def __enter__(self) -> Cells:
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def update(self, ended: Collection[int], running: Collection[int]) -> None:
+        """The cells with these numbers have ended, those run; the rounds of the latter are counted in their folders."""
+        if self.bar:
+            done = sum(self.recorders[number].config.rounds for number in ended)
+            done += sum(self.recorders[number].rounds() for number in running)
+            text = f"{len(ended)} of {len(self.recorders)} cells, {len(running)} running"
+            self.bar.update(self.task, completed=done, text=text)
+
+
+def _bar(before: str, after: str) -> Progress:
+    """A bar between two texts, then the time that went and what is left."""
+    return Progress(
+        TextColumn(before), BarColumn(), MofNCompleteColumn(), TextColumn(after),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console,
+    )  # fmt: skip
+
+
+def conclude(config: Config, summary: dict[str, Any], label: str = "") -> None:
+    """The outcome of a run that finished, or was stopped, and where it is; `label` goes in front."""
     folder = Path(config.results) / (config.name or records.run_name(config))
     if summary["status"] == "interrupted":
-        say(f"{summary['reason']} after round {summary['rounds']} of {config.rounds}; what there is is in {folder}")
+        say(f"{label}{summary['reason']} after round {summary['rounds']} of {config.rounds}; what there is is in {folder}")
         return
     say(
-        f"accuracy {summary['accuracy_before']:.4f} before, {summary['accuracy']:.4f} after {summary['rounds']} rounds; "
+        f"{label}accuracy {summary['accuracy_before']:.4f} before, {summary['accuracy']:.4f} after {summary['rounds']} rounds; "
         f"up {size(summary['bytes_up'])}, down {size(summary['bytes_down'])}, "
         f"{summary['seconds']:.1f} s ({summary['seconds_to_first_round']:.1f} s to the first round); {folder}"
     )

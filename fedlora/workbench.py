@@ -12,6 +12,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from fedlora import config as settings
 from fedlora import data, models
@@ -69,6 +70,7 @@ def build(config: Config) -> Workbench:
 def _build(text: str) -> Workbench:
     config = experiment(text)
     torch.set_num_threads(config.threads)
+    threadpool_limits(config.threads, "blas")  # the server's sums too, which a machine's cores would order otherwise
     dataset = _dataset(_json(config.dataset), config.seed)
     shards = partition.split(config.partition, dataset.train, config.clients, config.seed)
     base, model = _model(_json(config.model), _json(config.adapter), _json(config.dataset), config.seed, config.device)

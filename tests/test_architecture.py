@@ -33,7 +33,14 @@ ALLOWED = {
     "fedlora.engines": {"fedlora.check", "fedlora.config", "fedlora.workbench"},
     "fedlora.workbench": {"fedlora.check", "fedlora.config", "fedlora.data", "fedlora.models"},
     "fedlora.report": {"fedlora.config", "fedlora.records"},
-    "fedlora.privacy": {"fedlora.check", "fedlora.config", "fedlora.lowrank", "fedlora.messages", "fedlora.seeds"},
+    "fedlora.privacy": {
+        "fedlora.cache",
+        "fedlora.check",
+        "fedlora.config",
+        "fedlora.lowrank",
+        "fedlora.messages",
+        "fedlora.seeds",
+    },
     # Commands that try the private training path: they wire parts as cli does, and nothing imports them.
     "fedlora.privacy.audit": {
         "fedlora.check",

@@ -13,18 +13,14 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import itertools
-import json
 import math
 import operator
-import os
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import numpy as np
 
-from fedlora import check
+from fedlora import cache, check
 from fedlora.check import ConfigError
 from fedlora.privacy import accounting
 
@@ -70,12 +66,12 @@ def calibrate(epsilon: float, delta: float, jobs: Mapping[int, Job], accountant:
         return dict.fromkeys(active, 0.0)
     keys = {job: f"{float(epsilon)!r} {float(delta)!r} {job} {accountant} {_version()}" for job in set(active.values())}
     if not set(keys.values()) <= _memory.keys():
-        _memory.update(_read())
+        _memory.update(cache.read("calibration"))
     missing = [job for job, key in keys.items() if key not in _memory]
     if missing:
         solved = _solve(float(epsilon), float(delta), missing, accountant)
         _memory.update({keys[job]: sigma for job, sigma in solved.items()})
-        _write()
+        cache.add("calibration", _memory)
     return {client: _memory[keys[job]] for client, job in active.items()}
 
 
@@ -148,30 +144,3 @@ def _quiet_epsilon(job: Job, delta: float, accountant: str, sigma: float) -> flo
 @functools.cache
 def _version() -> str:
     return f"{VERSION}/{importlib.metadata.version('opacus')}"
-
-
-def _path() -> Path:
-    return Path(os.environ.get("FEDLORA_CACHE") or Path.home() / ".cache" / "fedlora") / "calibration.json"
-
-
-def _read() -> dict[str, float]:
-    """The answers on disk; none where the file is missing, damaged or not ours to read."""
-    try:
-        content = json.loads(_path().read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError):
-        return {}
-    if not isinstance(content, dict):
-        return {}
-    return {key: sigma for key, sigma in content.items() if isinstance(sigma, float) and 0 < sigma < math.inf}
-
-
-def _write() -> None:
-    """Put all answers on disk in one move, with those that another process has added meanwhile."""
-    try:
-        path = _path()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".", delete=False) as file:
-            json.dump(_read() | _memory, file, indent=0, sort_keys=True)
-        os.replace(file.name, path)
-    except (OSError, RuntimeError):
-        return

@@ -1,0 +1,273 @@
+"""The cells of a sweep at work: side by side on Ray workers where there are enough of them, else one after another.
+
+Every worker of engine=ray holds a base model, so where the workers fit, whole cells fit too, one in each: no core waits for
+the slowest client of a round, nor for the server. An engine never changes a number, so a cell that is played inline in a
+worker is the run that it would have been. Of the unfinished cells as many as fill the workers are played so; the few that
+are left would leave cores idle and run one after another, their clients on all the workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import fedlora
+from fedlora import terminal
+from fedlora.check import ConfigError, RunError
+from fedlora.config import Config
+from fedlora.interrupt import CtrlC
+from fedlora.records import Recorder
+from fedlora.sweep import Cell
+
+if TYPE_CHECKING:
+    from fedlora.plan import Estimate
+
+Summary = dict[str, Any]
+ATTEMPTS = 2  # at a cell whose worker dies
+GRACE = 60.0  # seconds that a stopped cell has to save what there is
+INTERRUPTED: Summary = {"status": "interrupted"}  # before anything was written
+
+
+def run(cells: Sequence[Config]) -> list[Cell]:
+    """Run the cells and return each with its summary; a failed one is shown and the rest go on, an interrupted one ends all.
+
+    Raises ConfigError, before any work, for a folder that holds other runs or is wanted twice; a single cell that fails
+    raises its own error.
+    """
+    recorders = check_folders(cells)
+    if len(cells) == 1:
+        from fedlora import experiment
+
+        return [(cells[0], _conclude(recorders[0], experiment.run(cells[0], fedlora.STARTED)))]
+    together, workers, gpus = side_by_side(recorders)
+    ended = SideBySide(recorders, workers, gpus).run(together) if together else {}
+    for number, cell in enumerate(cells):
+        if any(summary["status"] == "interrupted" for summary in ended.values()):
+            break
+        if number not in ended:
+            label = f"cell {number + 1} of {len(cells)}"
+            terminal.say(f"{label}: {recorders[number].folder.name}")
+            summary = attempt(cell, time.perf_counter() if ended else fedlora.STARTED)
+            ended[number] = _conclude(recorders[number], summary, f"{label}: ")
+    return [(cells[number], ended[number]) for number in sorted(ended)]
+
+
+def check_folders(cells: Sequence[Config]) -> list[Recorder]:
+    """A recorder for each cell. Raises ConfigError for a folder that holds another run or is wanted twice."""
+    recorders = [Recorder(cell) for cell in cells]
+    folder, times = Counter(recorder.folder for recorder in recorders).most_common(1)[0]
+    if times > 1:
+        raise ConfigError(
+            f"{folder} would hold {times} cells of this sweep; sweep settings that change numbers, and give no name or one "
+            "for each cell"
+        )
+    return recorders
+
+
+def side_by_side(recorders: Sequence[Recorder]) -> tuple[list[int], int, float]:
+    """Numbers of the cells to run side by side, in their order; so many workers at a time, and GPUs for each.
+
+    There are none unless the unfinished cells all ask for the same Ray workers, at least two, and fill them.
+    """
+    from fedlora.engines import resources
+
+    unfinished = [number for number, recorder in enumerate(recorders) if not recorder.finished]
+    engines = [recorders[number].config.engine for number in unfinished]
+    if not engines or any(engine.name != "ray" or engine != engines[0] for engine in engines):
+        return [], 1, 0.0
+    wanted = {resources(recorders[number].config) for number in unfinished}
+    workers, gpus = wanted.pop()
+    if wanted or workers == 1:
+        return [], 1, 0.0
+    unfinished.sort(key=lambda number: _resident(recorders[number].config))
+    return unfinished[: len(unfinished) // workers * workers], workers, gpus
+
+
+def show_plan(cells: Sequence[Config], estimates: Sequence[Estimate], noise: Sequence[str]) -> None:
+    """A row for each cell, its `noise` in it, and the totals of those that are not finished yet."""
+    recorders = check_folders(cells)
+    together, workers, _ = side_by_side(recorders)
+    seconds = [each.seconds_alone if number in together else each.seconds for number, each in enumerate(estimates)]
+    rows = [
+        [recorder.folder.name, sigma, terminal.size(each.up), terminal.size(each.down),
+            "finished" if recorder.finished else terminal.duration(needed)]
+        for recorder, sigma, each, needed in zip(recorders, noise, estimates, seconds, strict=True)
+    ]  # fmt: skip
+    terminal.table("what the cells come to", ["run", "noise", "up", "down", "time"], rows)
+    busy = [0.0] * workers
+    for number in together:
+        busy[busy.index(min(busy))] += seconds[number]
+    left = [number for number, recorder in enumerate(recorders) if not recorder.finished]
+    alone = sum(seconds[number] for number in left if number not in together)
+    up, down = (sum(getattr(estimates[number], way) for number in left) for way in ("up", "down"))
+    how = f"; {len(together)} of them side by side, {workers} at a time" if together else ""
+    terminal.say(
+        f"{len(left)} cells to run: up {terminal.size(up)}, down {terminal.size(down)}, about "
+        f"{terminal.duration(max(busy) + alone)}, an estimate from one measured step that leaves out start-up{how}"
+    )
+
+
+def attempt(cell: Config, started: float, engine_name: str | None = None) -> Summary:
+    """The summary of one cell of several; where it fails, the reason instead, so that the others can go on."""
+    from fedlora import experiment
+
+    try:
+        return experiment.run(cell, started, engine_name=engine_name)
+    except (ConfigError, RunError) as error:
+        return {"status": "failed", "reason": str(error)}
+    except Exception:  # a defect, ours or a library's, that may concern this cell alone
+        return {"status": "failed", "reason": traceback.format_exc()}
+
+
+def _conclude(recorder: Recorder, summary: Summary, label: str = "") -> Summary:
+    if summary["status"] == "failed":
+        print(f"error: {label}{summary['reason']}", file=sys.stderr)
+    elif "rounds" in summary:
+        terminal.conclude(recorder.config, summary, label)
+    return summary
+
+
+def _resident(cell: Config) -> str:
+    """Equal for cells that share what a process keeps, which are therefore played in a row."""
+    return json.dumps([asdict(cell.dataset), asdict(cell.model), asdict(cell.adapter), cell.device, cell.seed])
+
+
+# ---- whole cells on Ray workers
+
+
+class Player:
+    """A Ray actor: a process that plays one whole cell at a time."""
+
+    def __init__(self, command: list[str]) -> None:
+        from fedlora import experiment  # noqa: F401  # loads what is heavy before a cell's time begins
+
+        sys.argv = command  # env.json tells the command of the sweep
+        self.playing = self.stopped = False
+        # Ray's processes block SIGINT, and a terminal would send it to the whole group besides: the driver sends this one.
+        signal.signal(signal.SIGUSR1, self._ctrl_c)
+
+    def pid(self) -> int:
+        """The process, for the driver to signal."""
+        return os.getpid()
+
+    def play(self, cell: str) -> Summary:
+        """The summary of the cell, played inline."""
+        self.playing = True
+        try:
+            return INTERRUPTED if self.stopped else attempt(Config.from_json(cell), time.perf_counter(), engine_name="inline")
+        except KeyboardInterrupt:
+            return INTERRUPTED
+        finally:
+            self.playing = False
+
+    def _ctrl_c(self, number: int, frame: FrameType | None) -> None:
+        """What Ctrl-C does in a process that plays a single run."""
+        self.stopped = True
+        handler = signal.getsignal(signal.SIGINT)
+        if self.playing and callable(handler):
+            handler(signal.SIGINT, frame)
+
+
+@dataclass
+class Seat:
+    """A player, and the reference to its process id, which is there as soon as the process is."""
+
+    player: Any
+    pid: Any
+
+
+class SideBySide:
+    """Plays cells on so many workers at a time."""
+
+    def __init__(self, recorders: list[Recorder], workers: int, gpus: float) -> None:
+        self.recorders, self.workers, self.gpus = recorders, workers, gpus
+        self.idle: list[Seat] = []
+        self.waiting: deque[tuple[int, int]] = deque()  # numbers of cells, and attempts left
+        self.running: dict[Any, tuple[Seat, int, int]] = {}  # by the reference to the summary
+        self.ended: dict[int, Summary] = {}
+
+    def run(self, numbers: list[int]) -> dict[int, Summary]:
+        """Summaries of the cells with these numbers; on Ctrl-C every cell of the sweep that has not ended is interrupted."""
+        import ray
+
+        from fedlora.engines.ray import start_ray
+
+        terminal.say(f"{len(numbers)} of {len(self.recorders)} cells side by side, {self.workers} at a time")
+        shown = terminal.Cells({number: self.recorders[number] for number in numbers})
+        try:
+            with shown, CtrlC() as ctrl_c:
+                start_ray(self.workers)
+                self.waiting.extend((number, ATTEMPTS) for number in numbers)
+                self.idle.extend(self._seat() for _ in range(self.workers))
+                while self.waiting or self.running:
+                    while self.waiting and self.idle:
+                        self._begin(self.idle.pop(), *self.waiting.popleft())
+                    for task in ray.wait(list(self.running), timeout=1.0)[0]:
+                        self._end(task)
+                    shown.update(self.ended, [number for _, number, _ in self.running.values()])
+                    ctrl_c.check()
+        except KeyboardInterrupt:
+            self._stop()
+        finally:
+            for seat in [*self.idle, *(seat for seat, _, _ in self.running.values())]:
+                ray.kill(seat.player)
+        return self.ended
+
+    def _seat(self) -> Seat:
+        import ray
+
+        player = ray.remote(num_cpus=1, num_gpus=self.gpus, max_restarts=0)(Player).remote(sys.argv)
+        return Seat(player, player.pid.remote())
+
+    def _label(self, number: int) -> str:
+        return f"cell {number + 1} of {len(self.recorders)}: "
+
+    def _begin(self, seat: Seat, number: int, attempts: int) -> None:
+        terminal.say(self._label(number) + self.recorders[number].folder.name)
+        self.running[seat.player.play.remote(self.recorders[number].config.to_json())] = seat, number, attempts
+
+    def _end(self, task: Any) -> None:
+        """Take in the summary of a cell, or begin it again where its worker died."""
+        import ray
+
+        seat, number, attempts = self.running.pop(task)
+        try:
+            summary = ray.get(task)
+            self.idle.append(seat)
+            for note in summary.get("notes", ()):
+                terminal.say(f"{self._label(number)}note: {note}")
+        except ray.exceptions.RayError:
+            ray.kill(seat.player)
+            self.idle.append(self._seat())
+            if attempts > 1:
+                terminal.say(self._label(number) + "its worker died, so it is run again")
+                self.waiting.appendleft((number, attempts - 1))
+                return
+            summary = {"status": "failed", "reason": f"its worker died {ATTEMPTS} times (out of memory?)"}
+        self.ended[number] = _conclude(self.recorders[number], summary, self._label(number))
+
+    def _stop(self) -> None:
+        """Ctrl-C for every cell that runs, and the time to save what there is; one whose process is not up has nothing."""
+        import ray
+
+        terminal.say("stopped by Ctrl-C; the cells that run save what there is")
+        pids = [seat.pid for seat, _, _ in self.running.values()]
+        for pid in ray.wait(pids, num_returns=len(pids), timeout=0)[0] if pids else ():
+            with contextlib.suppress(ray.exceptions.RayError, ProcessLookupError):  # it has died meanwhile
+                os.kill(ray.get(pid), signal.SIGUSR1)
+        deadline = time.monotonic() + GRACE
+        for task, (_, number, _) in list(self.running.items()):
+            with contextlib.suppress(ray.exceptions.RayError):  # died, or took too long
+                summary = ray.get(task, timeout=max(0.0, deadline - time.monotonic()))
+                self.ended[number] = _conclude(self.recorders[number], summary, self._label(number))
+        self.ended |= {number: INTERRUPTED for number in range(len(self.recorders)) if number not in self.ended}
