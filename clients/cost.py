@@ -41,7 +41,7 @@ def cohort_size(bench: Workbench, trains: str, clients: int) -> int:
         return 1
     key = _key(bench, trains)
     if key not in (kept := cache.read("cohort")):
-        kept = {key: measure(bench, trains)}
+        kept = {key: float(measure(bench, trains))}
         cache.add("cohort", kept)
     return min(int(kept[key]), math.ceil(clients / (os.cpu_count() or 1)))
 

@@ -20,7 +20,7 @@ def read(name: str) -> dict[str, float]:
         return {}
     if not isinstance(content, dict):
         return {}
-    return {key: value for key, value in content.items() if isinstance(value, int | float) and 0 < value < math.inf}
+    return {key: value for key, value in content.items() if isinstance(value, float) and 0 < value < math.inf}
 
 
 def add(name: str, values: dict[str, float]) -> None:
