@@ -69,6 +69,7 @@ class AdapterConfig:
     alpha: float = setting(8.0, "LoRA's alpha; the scale of B A is alpha / rank")
     dropout: float = setting(0.0, "dropout on the adapter's input while training")
     target_modules: list[str] = setting([], "names (endings) of the linear layers to adapt; empty: query and value")
+    layers: list[int] = setting([], "blocks to adapt, such as [-2,-1] for the last two; empty: all")
     train_head: bool | None = setting(None, "train the classification head too; none: only if the checkpoint has none")
 
 
@@ -121,6 +122,7 @@ class EngineConfig:
     workers: int | None = setting(None, "ray, flower: worker processes; none: one a core, or one a GPU")
     gpus_per_worker: float | None = setting(None, "ray, flower: share of a GPU a worker holds; none: 1 on cuda, else 0")
     cohort: str = setting("auto", "ray, inline: clients that share a pass: auto (measured once a machine) or a number")
+    prefix_cache: float = setting(1.0, "GB a process may keep of what the blocks below all adapters make of examples; 0: none")
     retries: int = setting(2, "ray: times a client is run again after its worker died")
 
 

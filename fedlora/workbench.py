@@ -22,6 +22,7 @@ from fedlora.data import Dataset, partition
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.base import Base
 from fedlora.models.encode import Encoded
+from fedlora.models.prefix import Prefix
 from fedlora.models.rows import Rows
 
 
@@ -31,24 +32,23 @@ class Workbench:
 
     config: Config
     dataset: Dataset
-    base: Base
     model: AdaptedModel
     shards: list[np.ndarray]  # client → indices into dataset.train, held-out examples included
 
-    @cached_property
+    @property
     def train(self) -> Encoded:
         """The training examples of all clients, encoded."""
-        return self.base.encode(self.dataset.train)
+        return _encoded(*_resident(self.config), self.config.engine.prefix_cache, "train")
+
+    @property
+    def test(self) -> Encoded:
+        """The central test examples, encoded."""
+        return _encoded(*_resident(self.config), self.config.engine.prefix_cache, "test")
 
     @cached_property
     def rows(self) -> Rows:
         """The model with factors by example."""
         return Rows(self.model)
-
-    @cached_property
-    def test(self) -> Encoded:
-        """The central test examples, encoded."""
-        return self.base.encode(self.dataset.test)
 
     def examples_of(self, client: int) -> tuple[np.ndarray, np.ndarray]:
         """The indices that a client trains on and those that it holds back."""
@@ -73,8 +73,7 @@ def _build(text: str) -> Workbench:
     threadpool_limits(config.threads, "blas")  # the server's sums too, which a machine's cores would order otherwise
     dataset = _dataset(_json(config.dataset), config.seed)
     shards = partition.split(config.partition, dataset.train, config.clients, config.seed)
-    base, model = _model(_json(config.model), _json(config.adapter), _json(config.dataset), config.seed, config.device)
-    return Workbench(config, dataset, base, model, shards)
+    return Workbench(config, dataset, _model(*_resident(config))[1], shards)
 
 
 @lru_cache(maxsize=1)
@@ -86,6 +85,20 @@ def _dataset(text: str, seed: int) -> Dataset:
 def _model(model: str, adapter: str, dataset: str, seed: int, device: str) -> tuple[Base, AdaptedModel]:
     base = models.load(settings.ModelConfig(**json.loads(model)), _dataset(dataset, seed), seed)
     return base, AdaptedModel(base, settings.AdapterConfig(**json.loads(adapter)), torch_device(device))
+
+
+@lru_cache(maxsize=2)
+def _encoded(model: str, adapter: str, dataset: str, seed: int, device: str, limit: float, part: str) -> Encoded:
+    """The examples of a part, with what is the same in every step of it: in half of the `limit` (GB) for both parts."""
+    base, adapted = _model(model, adapter, dataset, seed, device)
+    if adapted.prefix is None:
+        adapted.prefix = Prefix(adapted)
+    return adapted.prefix.kept(base.encode(getattr(_dataset(dataset, seed), part)), int(limit * 1e9 / 2))
+
+
+def _resident(config: Config) -> tuple[str, str, str, int, str]:
+    """What the base model, and the examples as it takes them, depend on."""
+    return _json(config.model), _json(config.adapter), _json(config.dataset), config.seed, config.device
 
 
 def torch_device(device: str) -> torch.device:

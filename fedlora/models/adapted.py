@@ -6,10 +6,11 @@ x ──┬── W0 (frozen) ───────────────┬�
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +22,10 @@ from fedlora.config import AdapterConfig
 from fedlora.lowrank import Adapters, Pair
 from fedlora.messages import Factors
 from fedlora.models.base import Base
+from fedlora.models.encode import PREFIX
+
+if TYPE_CHECKING:
+    from fedlora.models.prefix import Prefix
 
 # Query and value projections under the names that transformers' models give them: the default of target_modules.
 _QUERY_VALUE = (
@@ -53,11 +58,13 @@ class AdaptedModel:
             lora_alpha=config.alpha,
             lora_dropout=config.dropout,
             target_modules=self.target_modules,
+            layers_to_transform=block_numbers(base.model, self.target_modules, config.layers),
             modules_to_save=saved,
         )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # PEFT sets it right for Conv1D by itself
             self.peft = peft.get_peft_model(base.model, lora).to(device)
+        self.prefix: Prefix | None = None  # whoever makes batches that bring hidden states sets it
         self.device, self.scale, self.base_dropout = device, config.alpha / config.rank, base.dropout
         names = {file_name(name): parameter for name, parameter in self.peft.named_parameters()}
         self._A = {n.removesuffix(".lora_A.weight"): p for n, p in sorted(names.items()) if n.endswith(".lora_A.weight")}
@@ -124,7 +131,11 @@ class AdaptedModel:
 
     def forward(self, batch: dict[str, Tensor]) -> Any:
         """transformers' output for a batch: .loss (mean over examples) and .logits (N, classes)."""
-        return self.peft(**batch)
+        if PREFIX not in batch:
+            return self.peft(**batch)
+        assert self.prefix is not None
+        with self.prefix.replaced_by(batch[PREFIX]):
+            return self.peft(**{name: tensor for name, tensor in batch.items() if name != PREFIX})
 
     def initial(self, init: str, seed: int) -> Adapters:
         """The factors of round 0: B = 0 and A by `init`, from the stream (seed, adapters), layer by layer.
@@ -183,6 +194,19 @@ def target_modules(model: nn.Module, wanted: list[str]) -> list[str]:
                 + (f" (there are: {', '.join(sorted(endings))})" if len(endings) < 30 else "")
             )
     return list(wanted)
+
+
+def block_numbers(model: nn.Module, targets: list[str], wanted: list[int]) -> list[int] | None:
+    """The blocks to adapt, by their numbers from 0; None for all. Raises ConfigError for one that is not there."""
+    if not wanted:
+        return None
+    named = [name for name, module in model.named_modules() if _adaptable(module) and name.rpartition(".")[2] in targets]
+    count = 1 + max((int(match[1]) for name in named if (match := re.search(r"\.(\d+)\.", name))), default=-1)
+    if wrong := [number for number in wanted if not -count <= number < count]:
+        raise ConfigError(
+            f"adapter.layers has {wrong[0]}, but this model has {count} blocks; use 0 to {count - 1}, or -1 for the last"
+        )
+    return sorted({number % count for number in wanted})
 
 
 def _adaptable(module: nn.Module) -> bool:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+PREFIX = "prefix"  # key of a batch: hidden states that the model need not compute (fedlora.models.prefix)
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -29,6 +31,10 @@ class Encoded:
         """The inputs without the labels."""
         raise NotImplementedError
 
+    def lengths(self) -> np.ndarray | None:
+        """The positions that each example has by itself (N,); None where all have the same."""
+        return None
+
 
 @dataclass(frozen=True)
 class Images(Encoded):
@@ -47,6 +53,10 @@ class Texts(Encoded):
 
     tokens: Sequence[np.ndarray]  # N arrays of ids
     padding: int  # id of the padding token
+
+    def lengths(self) -> np.ndarray:
+        """The number of tokens of each example (N,)."""
+        return np.array([len(row) for row in self.tokens])
 
     def inputs(self, chosen: Tensor) -> dict[str, Tensor]:
         """`input_ids` and `attention_mask`, both (n, longest of the batch)."""
