@@ -22,7 +22,9 @@ from fedlora.check import RunError
 from fedlora.messages import ServerState, Update
 from fedlora.participation import draw_cohort
 from strategies.metrics import client_metrics, geometry, signal_to_noise
-from strategies.updates import average_dense, read_update
+from strategies.updates import Sum, average_dense, read_update
+
+MANY = 256  # clients in a cohort from which a linear strategy adds updates up as they come, instead of keeping them all
 
 
 @dataclass
@@ -60,6 +62,7 @@ class LoRAStrategy(FlowerFedAvg):
     trains: ClassVar[str] = "AB"  # what a client updates and sends: "AB", "B", "A" or "R"
     paper: ClassVar[str]  # name and arXiv number
     exact: ClassVar[bool]  # whether the merged product is Σ p_k B_k A_k
+    linear: ClassVar[bool] = False  # whether merge needs no more of the updates than their weighted mean
 
     def __init__(
         self,
@@ -121,7 +124,7 @@ class LoRAStrategy(FlowerFedAvg):
         """Check the replies, average the dense arrays, merge, and measure. Raises RunError if too few are usable."""
         assert self.state is not None and self.report is not None, "configure_train comes first"
         report, before = self.report, self.state
-        updates = self._receive(list(replies))
+        updates, merged = self._receive(replies)
         received_at = time.perf_counter()
         report.seconds_train = received_at - report.sent_at
         needed = int(np.ceil(round(self.min_success * len(report.cohort), 9)))  # .55 of 20 is 11
@@ -132,10 +135,13 @@ class LoRAStrategy(FlowerFedAvg):
                 f"round {server_round}: {len(updates)} of {len(report.cohort)} clients returned a usable update, "
                 f"min_success={self.min_success} asks for {needed} ({reasons})"
             )
-        merged = self.release(before, updates, server_round, self.trains) if self.release else updates
+        if self.release:
+            merged = self.release(before, updates, server_round, self.trains)
         self.state = self.merge(replace(before, dense=average_dense(merged)), merged, server_round)
         report.seconds_merge = time.perf_counter() - received_at
-        report.metrics |= geometry(before, self.state, merged) | client_metrics(updates) | signal_to_noise(before, updates)
+        report.metrics |= (
+            geometry(before, self.state, merged) | client_metrics(updates) | signal_to_noise(before, merged, updates)
+        )
         return messages.pack(self.state.adapters, self.state.dense), MetricRecord(dict(report.metrics))
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
@@ -199,31 +205,42 @@ class LoRAStrategy(FlowerFedAvg):
             self._clients |= named if self._named else {node: i for i, node in enumerate(new, len(self._clients))}
         return {self._clients[node]: node for node in nodes if node in self._clients}
 
-    def _receive(self, replies: list[Message]) -> list[Update]:
-        """The usable updates in order of client; the others are named in the report with the reason."""
+    def _receive(self, replies: Iterable[Message]) -> tuple[list[Update], list[Update]]:
+        """The usable updates in order of client, and what there is to merge; other replies are named in the report.
+
+        What there is to merge are the same updates; or, of a large cohort where nothing but the mean is needed, that mean
+        as one update, and of each client only what it measured.
+        """
         assert self.state is not None and self.report is not None
         sent = [m.metadata for m in self._sent]
         by_message = {m.message_id: self._clients[m.dst_node_id] for m in sent if m.message_id}  # some grids set no ids
+        total = Sum() if self.linear and self.release is None and len(self.report.cohort) >= MANY else None
         updates: dict[int, Update] = {}
         for reply in replies:
             about = reply.metadata  # where a node was killed the SuperLink answers for it, so the source is the last resort
             client = by_message.get(about.reply_to_message_id) if by_message else self._clients.get(about.src_node_id)
-            if client is None or client not in self.report.cohort:
+            if client is None or client not in self.report.cohort or client in updates:
                 continue  # not a reply to this round
             if reply.has_error():
                 self.report.drops[client] = ((reply.error.reason or "").strip() or "error").splitlines()[-1]
                 continue
             self.report.bytes_up += messages.array_bytes(reply.content)
             try:
-                updates[client] = read_update(client, reply.content, self.state, self.weighted_by_key, self.trains)
+                update = read_update(client, reply.content, self.state, self.weighted_by_key, self.trains)
             except ValueError as reason:
                 self.report.drops[client] = str(reason)
+                continue
+            if total is not None:
+                total.add(update)
+                update = replace(update, adapters={}, dense={})
+            updates[client] = update
         for client in self.report.cohort:
             if client not in updates:
                 self.report.drops.setdefault(client, "no reply in time")
         self.report.drops = dict(sorted(self.report.drops.items()))  # replies come in any order
         self._sent = []
-        return [updates[client] for client in sorted(updates)]
+        in_order = [updates[client] for client in sorted(updates)]
+        return in_order, in_order if total is None else [total.mean(self.state)] if in_order else []
 
 
 def answered(reply: Message) -> int | None:

@@ -24,6 +24,7 @@ class FedSVD(LoRAStrategy):
     trains = "B"
     paper = "FedSVD, 2505.12805"
     exact = True
+    linear = True
 
     def __init__(self, *, every: Annotated[int, "refactor in every k-th round only"] = 1, **keywords: Any) -> None:
         super().__init__(**keywords)

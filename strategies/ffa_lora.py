@@ -24,6 +24,7 @@ class FFALoRA(LoRAStrategy):
     trains = "B"
     paper = "FFA-LoRA, 2403.12313"
     exact = True
+    linear = True
 
     def merge(self, state: ServerState, updates: list[Update], round: int) -> ServerState:
         """(A, B̄) of every layer."""

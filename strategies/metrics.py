@@ -20,16 +20,16 @@ def client_metrics(updates: list[Update]) -> dict[str, float]:
     return {f"client_{name}": float(p @ np.array([u.metrics[name] for u in updates])) for name in names}
 
 
-def signal_to_noise(before: ServerState, updates: list[Update]) -> dict[str, float]:
+def signal_to_noise(before: ServerState, updates: list[Update], measured: list[Update]) -> dict[str, float]:
     """‖Σ p_k X_k − X‖ over the norm that noise alone is expected to give it, X all that clients send; plain SGD under DP only.
 
-    Every client says its noise's standard deviation s_k in each coordinate; that of the average is √Σ p_k² s_k².
+    Every client says in what it `measured` its noise's standard deviation s_k in each coordinate; that of the average is
+    √Σ p_k² s_k².
     """
-    if not updates or any(not update.metrics.get("noise_std") for update in updates):
+    if not measured or any(not update.metrics.get("noise_std") for update in measured):
         return {}
-    p = shares(updates)
-    std = float(np.sqrt(np.sum((p * np.array([update.metrics["noise_std"] for update in updates])) ** 2)))
-    moved, dimensions = 0.0, 0
+    std = float(np.linalg.norm(shares(measured) * np.array([update.metrics["noise_std"] for update in measured])))
+    p, moved, dimensions = shares(updates), 0.0, 0
     for sent, start in _sent(before, updates):
         average = lowrank.average(sent, p)
         moved += float(np.sum((average - start.astype(np.float64)) ** 2))

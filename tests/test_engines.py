@@ -101,7 +101,7 @@ def test_the_content_of_a_round_is_stored_once(config, monkeypatch) -> None:
     put = ray.put
     monkeypatch.setattr(ray, "put", lambda value: stored.append(value) or put(value))
     engine.run(lambda grid: _start(config, grid, rounds=1))
-    assert [bool(content.array_records) for content in stored] == [False, True, True]  # roll call, training, evaluation
+    assert [bool(content.array_records) for content in stored] == [True, True]  # training, evaluation
 
 
 def test_private_runs_have_the_same_bits_on_workers(config) -> None:

@@ -61,17 +61,20 @@ class LocalGrid(Grid):
         """The kept replies to these messages; each is given once."""
         return [self._replies.pop(key) for key in message_ids if key in self._replies]
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Execute the messages and return the replies that came within `timeout` seconds."""
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
+        """Execute the messages and give the replies that come within `timeout` seconds, one by one as they do.
+
+        Who a node is, it is asked here: that takes no worker.
+        """
         batch = list(messages)
         for message in batch:
             self._sent += 1
             message.metadata.__dict__["_message_id"] = f"m{self._sent}"
-        replies: list[Message] = []
-        for reply in self.execute(batch, timeout):
-            replies.append(reply)
-            self.on_reply(len(replies))
-        return replies
+        asking = bool(batch) and batch[0].metadata.message_type == MessageType.QUERY
+        replies = (call(self.app, message, self.clients) for message in batch) if asking else self.execute(batch, timeout)
+        for count, reply in enumerate(replies, 1):
+            self.on_reply(count)
+            yield reply
 
     def cohorts(self, batch: list[Message]) -> list[list[Message]]:
         """The messages by who is played together: those of training, in cohorts, where the ClientApp can do that."""
