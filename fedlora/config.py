@@ -31,6 +31,7 @@ class ModelConfig:
     name: str = setting("vit_digits", "vit_digits (embedded, 64 × 4 layers) or hf (any Hugging Face classifier)")
     path: str | None = setting(None, "hf: local folder or hub name of the checkpoint")
     max_length: int = setting(128, "text: tokens kept of each example")
+    dtype: str = setting("float32", "of the frozen base: float32, or bfloat16 (adapters, gradients and noise stay float32)")
     dropout: bool = setting(False, "hf: the base's own dropout acts in training too; off: its features are fixed")
 
 

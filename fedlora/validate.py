@@ -124,6 +124,7 @@ def _check_data(config: Config) -> None:
     check.one_of(data.names(), **{"dataset.name": config.dataset.name})
     check.one_of(partition.names(), **{"partition.name": config.partition.name})
     check.positive(**{"model.max_length": config.model.max_length})
+    check.one_of(("float32", "bfloat16"), **{"model.dtype": config.model.dtype})
     check.positive(**{"partition.alpha": config.partition.alpha})
     check.positive(**{"partition.min_examples": config.partition.min_examples})
     check.positive(**{"partition.shards_per_client": config.partition.shards_per_client})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,9 +72,15 @@ class AdaptedModel:
         self._B = {layer: names[f"{layer}.lora_B.weight"] for layer in self._A}
         heads = {n: p for n, p in sorted(names.items()) if ".lora_" not in n and p.requires_grad}
         self._head = heads if self.trains_head else {}
+        paths = {file_name(name): name.rpartition(".")[0] for name, _ in self.peft.named_parameters()}
         self.initial_head = self.dense()  # kept, since the resident model outlives a run that trains its head
+        trainable = {id(parameter) for parameter in (*self._A.values(), *self._B.values(), *self._head.values())}
         for parameter in self.peft.parameters():
             parameter.requires_grad_(False)
+            if id(parameter) not in trainable:
+                parameter.data = parameter.data.to(getattr(torch, base.dtype))
+        for name in {paths[array] for array in self._head}:
+            self.peft.get_submodule(name).register_forward_pre_hook(_in_float32)
 
     @property
     def layers(self) -> list[str]:
@@ -130,12 +137,13 @@ class AdaptedModel:
                 module.training = True
 
     def forward(self, batch: dict[str, Tensor]) -> Any:
-        """transformers' output for a batch: .loss (mean over examples) and .logits (N, classes)."""
-        if PREFIX not in batch:
-            return self.peft(**batch)
-        assert self.prefix is not None
-        with self.prefix.replaced_by(batch[PREFIX]):
-            return self.peft(**{name: tensor for name, tensor in batch.items() if name != PREFIX})
+        """transformers' output for a batch: .loss (mean over examples, in float32) and .logits (N, classes)."""
+        inputs = {name: tensor for name, tensor in batch.items() if name != PREFIX}
+        with self.prefix.replaced_by(batch[PREFIX]) if self.prefix and PREFIX in batch else nullcontext():
+            output = self.peft(**inputs)
+        if output.logits.dtype != torch.float32 and "labels" in batch:
+            output.loss = nn.functional.cross_entropy(output.logits.float(), batch["labels"])
+        return output
 
     def initial(self, init: str, seed: int) -> Adapters:
         """The factors of round 0: B = 0 and A by `init`, from the stream (seed, adapters), layer by layer.
@@ -169,6 +177,11 @@ class AdaptedModel:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Could not find a config file")
             self.peft.save_pretrained(str(folder))
+
+
+def _in_float32(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What a trained layer of the head is given by a base of lower precision."""
+    return tuple(x.float() for x in inputs)
 
 
 def file_name(parameter: str) -> str:

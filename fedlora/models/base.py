@@ -16,10 +16,11 @@ class Base:
     """A pretrained classifier, not yet adapted.
 
     `new` names the parameters that the checkpoint lacked, so that they were drawn at random (a fresh head); `dropout` says
-    whether the dropout inside the base acts while adapters are trained.
+    whether the dropout inside the base acts while adapters are trained; `dtype` is what its frozen parameters are to be.
     """
 
     model: nn.Module  # forward(**batch, labels=(N,)) gives .loss and .logits (N, classes)
     encode: Callable[[Examples], Encoded]
     new: list[str] = field(default_factory=list)
     dropout: bool = False
+    dtype: str = "float32"

@@ -27,7 +27,7 @@ def load(config: ModelConfig, dataset: Dataset, seed: int) -> Base:
     model, new = load_classifier(path, dataset, seed)
     with _reading(path):
         encode = _text_encoder(config, model) if dataset.kind == "text" else _image_encoder(path, model)
-    return Base(model, encode, new, config.dropout)
+    return Base(model, encode, new, config.dropout, config.dtype)
 
 
 def load_classifier(path: str, dataset: Dataset, seed: int) -> tuple[nn.Module, list[str]]:

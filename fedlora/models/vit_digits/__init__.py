@@ -31,7 +31,7 @@ def load(config: ModelConfig, dataset: Dataset, seed: int) -> base.Base:
     if shape is None or shape[1:] != (8, 8, 1) or len(dataset.classes) != 10:
         raise ConfigError("model=vit_digits reads 8 × 8 grey digits only; use dataset=digits, or model=hf for other data")
     model, new = hf.load_classifier(str(FOLDER), dataset, seed)
-    return Base(model, encode, new)
+    return Base(model, encode, new, dtype=config.dtype)
 
 
 def encode(examples: Examples) -> Encoded:
