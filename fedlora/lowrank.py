@@ -43,7 +43,15 @@ def mean(pairs: Sequence[Pair], weights: np.ndarray) -> Pair:
 
 
 def stack(pairs: Sequence[Pair], weights: np.ndarray) -> Pair:
-    """The exact Σ w_k B_k A_k as one pair of rank Σ r_k: A = [A_1; A_2; …], B = [w_1 B_1, w_2 B_2, …]."""
+    """The exact Σ w_k B_k A_k as one pair of rank Σ r_k: A = [A_1; A_2; …], B = [w_1 B_1, w_2 B_2, …].
+
+    Where all pairs hold the very same array A (or B), it is factored out and the rank stays what it was.
+    """
+    first = pairs[0]
+    if all(pair.A is first.A for pair in pairs):
+        return Pair(first.A, average([pair.B for pair in pairs], weights))
+    if all(pair.B is first.B for pair in pairs):
+        return Pair(average([pair.A for pair in pairs], weights), first.B)
     A = np.concatenate([p.A for p in pairs])
     B = np.concatenate([w * p.B for p, w in zip(pairs, weights, strict=True)], axis=1)
     return Pair(A, B.astype(A.dtype))
@@ -64,8 +72,11 @@ def bias(pairs: Sequence[Pair], weights: np.ndarray) -> Pair:
     """What the factor-wise average misses: Σ w_k B_k A_k − B̄ Ā, for weights that sum to one.
 
     Identity: it equals Σ w_k (B_k − B̄)(A_k − Ā), which is how it is built here, in float64, so that for equal clients it
-    is zero to the square of rounding instead of a small difference of large numbers.
+    is zero to the square of rounding instead of a small difference of large numbers. Where all pairs hold the very same
+    array A (or B) it is zero.
     """
+    if all(pair.A is pairs[0].A for pair in pairs) or all(pair.B is pairs[0].B for pair in pairs):
+        return Pair(np.zeros(pairs[0].A.shape), np.zeros(pairs[0].B.shape))
     centre = mean([_double(p) for p in pairs], weights)
     return stack([Pair(p.A - centre.A, p.B - centre.B) for p in pairs], weights)
 
