@@ -28,7 +28,7 @@ def validate(config: Config) -> None:
     check.below_one(**{"evaluate.holdout": config.evaluate.holdout})
     check.one_of(engine_names(), **{"engine.name": config.engine.name})
     check.not_negative(**{"engine.retries": config.engine.retries})
-    if config.engine.cohort != "auto" and not (config.engine.cohort.isdigit() and int(config.engine.cohort)):
+    if config.engine.cohort != "auto" and not (config.engine.cohort.isdecimal() and int(config.engine.cohort)):
         raise ConfigError(f"engine.cohort={config.engine.cohort} must be auto or a number of clients from 1 on")
     if config.engine.workers is not None:
         check.positive(**{"engine.workers": config.engine.workers})

@@ -42,7 +42,7 @@ class Workbench:
     @cached_property
     def rows(self) -> Rows:
         """The model with factors by example."""
-        return Rows(self.model)
+        return Rows(self.model, self.train)
 
     @cached_property
     def test(self) -> Encoded:
