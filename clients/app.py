@@ -34,7 +34,9 @@ class CohortApp(ClientApp):
         from clients.cost import cohort_size, group
 
         job, bench = _job(batch[0][0])
-        if size is None:
+        if bench.rows.refusal:
+            size = 1
+        elif size is None:
             size = cohort_size(bench, str(job[messages.TRAINS]), len(batch))
         return group([_task(message, context) for message, context in batch], size)
 

@@ -52,8 +52,10 @@ def train_together(rows: Rows, examples: Encoded, members: Sequence[Member]) -> 
     """The local training of all members, in their order; the resident model's own factors are not touched.
 
     The smallest `physical_batch_size` of the members bounds the examples of a pass; without one a pass takes the whole
-    batches of everybody. Raises ValueError where a layer's rows are not examples (windowed attention).
+    batches of everybody. Raises ValueError for a model that `rows` refuses.
     """
+    if rows.refusal:
+        raise ValueError(rows.refusal)
     cohort = Cohort(rows, examples, members)
     with rows.installed():
         while active := [trainee for trainee in cohort.trainees if trainee.step < trainee.task.steps]:
@@ -91,18 +93,35 @@ class Cohort:
         for trainee, batch in zip(active, batches, strict=True):
             if not len(batch):
                 trainee.take(vectors[:0], vectors.new_zeros(0), last=True)
-        indices, owners = np.concatenate(batches), np.repeat(np.arange(len(active)), [len(batch) for batch in batches])
-        ends = np.cumsum([len(batch) for batch in batches])
-        limit = self.limit or max(1, len(indices))
-        for start in range(0, len(indices), limit):
-            part = slice(start, min(start + limit, len(indices)))
-            gradients, losses = self._pass(active, owners[part], vectors, indices[part])
-            present, first, counts = np.unique(owners[part], return_index=True, return_counts=True)
-            for k, begin, count in zip(present, first, counts, strict=True):
-                own = slice(begin, begin + count)
-                active[k].take(gradients[own], losses[own], last=ends[k] <= part.stop)
+        for parts in self._passes([len(batch) for batch in batches]):
+            owners = np.repeat([k for k, _, _ in parts], [stop - start for _, start, stop in parts])
+            indices = np.concatenate([batches[k][start:stop] for k, start, stop in parts])
+            gradients, losses = self.gradients(active, owners, vectors, indices)
+            begin = 0
+            for k, start, stop in parts:
+                own = slice(begin, begin := begin + stop - start)
+                active[k].take(gradients[own], losses[own], last=stop == len(batches[k]))
 
-    def _pass(self, active: list[Trainee], owners: np.ndarray, vectors: Tensor, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+    def _passes(self, sizes: list[int]) -> list[list[tuple[int, int, int]]]:
+        """What goes through together, for batches of these sizes: (place, start, stop) of a batch, in order.
+
+        A batch is cut where that member would cut it by itself, since its dropout is drawn part by part.
+        """
+        limit = self.limit or max(1, sum(sizes))
+        passes, room = list[list[tuple[int, int, int]]](), 0
+        for k, size in enumerate(sizes):
+            for start in range(0, size, limit):
+                stop = min(start + limit, size)
+                if stop - start > room:
+                    passes.append([])
+                    room = limit
+                passes[-1].append((k, start, stop))
+                room -= stop - start
+        return passes
+
+    def gradients(
+        self, active: list[Trainee], owners: np.ndarray, vectors: Tensor, indices: np.ndarray
+    ) -> tuple[Tensor, Tensor]:
         """Gradients (N, P) and losses (N,) of these examples; the row of `vectors` (K, P) for example e is owners[e]."""
         owner = self._tensor(owners)
         number = self._tensor(np.array([trainee.number for trainee in active]))[owner]

@@ -43,7 +43,7 @@ def cohort_size(bench: Workbench, trains: str, clients: int) -> int:
     if key not in (kept := cache.read("cohort")):
         kept = {key: float(measure(bench, trains))}
         cache.add("cohort", kept)
-    return min(int(kept[key]), math.ceil(clients / (os.cpu_count() or 1)))
+    return min(max(1, int(kept[key])), math.ceil(clients / (os.cpu_count() or 1)))
 
 
 def group(tasks: Sequence[Task], size: int) -> list[list[int]]:
@@ -58,7 +58,13 @@ def measure(bench: Workbench, trains: str) -> int:
     entries = bench.config.train.batch_size * sum(pair.A.size + pair.B.size for pair in bench.model.adapters().values())
     began, best, least = time.perf_counter(), 1, np.inf
     for size in SIZES:
-        if size * entries > COPIES or (each := seconds(bench, trains, size)) > GAIN * least:
+        if size * entries > COPIES:
+            break
+        try:
+            each = seconds(bench, trains, size)
+        except torch.OutOfMemoryError:
+            break
+        if each > GAIN * least:
             break
         best, least = size, each
         if time.perf_counter() - began > PATIENCE:
@@ -105,5 +111,5 @@ def _key(bench: Workbench, trains: str) -> str:
     config = bench.config
     machine = [platform.node(), platform.machine(), torch.__version__, torch.get_num_threads(), str(bench.model.device)]
     settings = [dataclasses.asdict(group) for group in (config.model, config.adapter)]
-    private = config.privacy.name == "record"
-    return json.dumps([machine, settings, config.dataset.path, trains, config.train.batch_size, private], sort_keys=True)
+    batch = [config.train.batch_size, config.train.physical_batch_size, config.privacy.name == "record"]
+    return json.dumps([machine, settings, config.dataset.path, config.engine.prefix_cache, trains, batch], sort_keys=True)

@@ -28,9 +28,13 @@ def add(name: str, values: dict[str, float]) -> None:
     try:
         path = _path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".", delete=False) as file:
-            json.dump(read(name) | values, file, indent=0, sort_keys=True)
-        os.replace(file.name, path)
+        file = tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".", delete=False)  # noqa: SIM115
+        try:
+            with file:
+                json.dump(read(name) | values, file, indent=0, sort_keys=True)
+            os.replace(file.name, path)
+        except OSError:  # a full disk, most likely
+            os.unlink(file.name)
     except (OSError, RuntimeError):
         return
 

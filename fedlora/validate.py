@@ -30,7 +30,7 @@ def validate(config: Config) -> None:
     check.one_of(engine_names(), **{"engine.name": config.engine.name})
     check.not_negative(**{"engine.retries": config.engine.retries})
     check.not_negative(**{"engine.prefix_cache": config.engine.prefix_cache})
-    if config.engine.cohort != "auto" and not (config.engine.cohort.isdigit() and int(config.engine.cohort)):
+    if config.engine.cohort != "auto" and not (config.engine.cohort.isdecimal() and int(config.engine.cohort)):
         raise ConfigError(f"engine.cohort={config.engine.cohort} must be auto or a number of clients from 1 on")
     if config.engine.workers is not None:
         check.positive(**{"engine.workers": config.engine.workers})

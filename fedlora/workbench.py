@@ -48,7 +48,7 @@ class Workbench:
     @cached_property
     def rows(self) -> Rows:
         """The model with factors by example."""
-        return Rows(self.model)
+        return Rows(self.model, self.train)
 
     def examples_of(self, client: int) -> tuple[np.ndarray, np.ndarray]:
         """The indices that a client trains on and those that it holds back."""

@@ -9,12 +9,25 @@ from flwr.app import Array, ArrayRecord, Context, Message
 from flwr.clientapp import ClientApp
 
 from clients import app as real
+from clients.app import CohortApp
 
 FAULTY = {1, 2}  # the clients with a fault, where an app has no other rule
 
 
-def _wrap(fault):
-    app = ClientApp()
+class Cohorts(CohortApp):
+    """Plays several clients together as the real one does, if none of them has the fault; else the fault happens then."""
+
+    def __init__(self, together) -> None:
+        super().__init__()
+        self.fault = together
+
+    def together(self, batch):
+        clients = [int(context.node_config["partition-id"]) for _, context in batch]
+        return self.fault(clients, lambda: super(Cohorts, self).together(batch))
+
+
+def _wrap(fault, together=None):
+    app = Cohorts(together) if together else ClientApp()
     app.query()(real.query)
     app.evaluate()(real.evaluate)
 
@@ -72,5 +85,23 @@ def _hangs(message, context, client):
     return real.train(message, context)
 
 
+def _raises_together(clients, play):
+    if FAULTY & set(clients):
+        raise ValueError("one of them is broken, and nobody can tell which")
+    return play()
+
+
+def _nan_together(clients, play):
+    return [_edit(reply, lambda a: a * np.nan) if c in FAULTY else reply for c, reply in zip(clients, play(), strict=True)]
+
+
+def _dies_together(clients, play):
+    if 1 in clients:
+        os._exit(1)
+    return play()
+
+
+raises_together, nan_together = _wrap(_raises, _raises_together), _wrap(_raises, _nan_together)
 raises, nan, another_shape, all_raise = map(_wrap, (_raises, _nan, _another_shape, _all_raise))
-dies_once, always_dies, hangs = map(_wrap, (_dies_once, _always_dies, _hangs))
+dies_once, hangs = map(_wrap, (_dies_once, _hangs))
+always_dies = _wrap(_always_dies, _dies_together)

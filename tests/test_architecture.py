@@ -50,7 +50,14 @@ ALLOWED = {
         "fedlora.seeds",
         "clients",
     },
-    "fedlora.privacy.selftest": {"fedlora.check", "fedlora.cli", "fedlora.models", "fedlora.workbench", "clients"},
+    "fedlora.privacy.selftest": {
+        "fedlora.check",
+        "fedlora.cli",
+        "fedlora.models",
+        "fedlora.privacy.refusals",
+        "fedlora.workbench",
+        "clients",
+    },
     "strategies": {"fedlora.check", "fedlora.lowrank", "fedlora.messages", "fedlora.participation"},
     "clients": {
         "fedlora.cache",

@@ -1,5 +1,6 @@
 """Where a run happens never changes its numbers, and a worker that dies costs time only."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ from flwr.app import ConfigRecord
 import strategies
 from fedlora import engines, experiment, messages, workbench
 from fedlora.engines import ray as ray_engine
+from tests import apps
 
 SETTINGS = {
     "fedavg": {},
@@ -42,6 +44,10 @@ def fit(config, app=engines.CLIENT_APP, chosen=None) -> dict[str, dict[str, byte
     return final
 
 
+def in_pairs(config):
+    return dataclasses.replace(config, engine=dataclasses.replace(config.engine, cohort="2"))
+
+
 @pytest.fixture
 def config(small):
     return small(
@@ -50,9 +56,10 @@ def config(small):
 
 
 def test_every_engine_gives_the_same_bits_for_every_strategy(config) -> None:
-    inline = fit(config)
+    inline, pairs = fit(config), fit(in_pairs(config))
     config.engine.name, config.engine.workers = "ray", 2
     ray = fit(config)
+    assert fit(in_pairs(config)) == pairs
     config.engine.name = "flower"
     flower = fit(config)
     assert set(inline) == set(strategies.names())
@@ -60,12 +67,16 @@ def test_every_engine_gives_the_same_bits_for_every_strategy(config) -> None:
     assert len({json.dumps({k: v.hex() for k, v in arrays.items()}) for arrays in inline.values()}) == len(inline)
 
 
-def test_one_and_three_workers_give_the_bits_of_inline(config) -> None:
-    inline = fit(config, chosen=["fedsvd"])
+def test_one_and_three_workers_give_the_bits_of_inline_with_cohorts_too(config) -> None:
+    config.train.steps, config.train.epochs = None, 1  # so that clients have different work, and are grouped by it
+    inline = {}
+    for config.engine.cohort in ("1", "2"):
+        inline[config.engine.cohort] = fit(config, chosen=["fedsvd"])
+    assert inline["1"] != inline["2"]  # equal to rounding only: cohorts were at work
     config.engine.name = "ray"
-    for workers in (1, 3):
-        config.engine.workers = workers
-        assert fit(config, chosen=["fedsvd"]) == inline
+    for config.engine.workers in (1, 3):
+        for config.engine.cohort in ("1", "2"):
+            assert fit(config, chosen=["fedsvd"]) == inline[config.engine.cohort]
 
 
 def test_a_worker_that_dies_is_replaced_and_its_client_run_again(config, tmp_path, monkeypatch) -> None:
@@ -82,6 +93,17 @@ def test_a_client_whose_worker_always_dies_is_dropped_and_named(config) -> None:
     config.engine.name, config.engine.workers, config.engine.retries = "ray", 2, 1
     strategy = _one_round(config, "tests.apps:always_dies")
     assert strategy.report.drops == {1: "its worker died 2 times (out of memory?)"}
+
+
+def test_a_cohort_whose_worker_dies_is_played_one_by_one_and_only_the_guilty_is_dropped(config, monkeypatch) -> None:
+    config.engine.cohort = "3"
+    monkeypatch.setattr(apps, "FAULTY", {1})
+    inline = _one_round(config, "tests.apps:raises_together")
+    config.engine.name, config.engine.workers, config.engine.retries = "ray", 2, 0
+    strategy = _one_round(config, "tests.apps:always_dies")
+    assert strategy.report.drops == {1: "its worker died 1 times (out of memory?)"}
+    for name, pair in inline.state.adapters.items():
+        assert np.array_equal(strategy.state.adapters[name].B, pair.B)
 
 
 def test_a_client_that_hangs_is_dropped_at_the_deadline_and_its_worker_replaced(config) -> None:

@@ -78,10 +78,12 @@ def test_strategy_and_rounds_leave_the_split_and_the_cohorts_alone(small) -> Non
         ("raises", "ValueError: the camera is broken"),
         ("nan", "NaN or infinite"),
         ("another_shape", "has shape (1, 8) instead of (64, 8)"),
+        ("raises_together", "ValueError: the camera is broken"),  # found out one by one
+        ("nan_together", "NaN or infinite"),
     ],
 )
 def test_faulty_clients_are_dropped_named_and_counted_and_the_run_goes_on(small, capsys, app, reason) -> None:
-    config = small(name=app, clients_per_round=6)
+    config = small(name=app, clients_per_round=6, engine__cohort="3" if app.endswith("together") else "1")
     summary = experiment.run(config, 0.0, f"tests.apps:{app}")
     assert summary["status"] == "finished" and summary["drops"] == 4  # two clients in each of two rounds
     for row in rows_of(config)[1:]:

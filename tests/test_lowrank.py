@@ -260,3 +260,54 @@ def test_nothing_forms_a_matrix_of_full_size() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8e6
+
+
+# ---- padding and noise
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_padding_keeps_the_product_and_the_type(dtype: type) -> None:
+    pair = draw((4, 5, 2), dtype=dtype)
+    padded = lowrank.pad(pair, 3)
+    assert padded.A.shape == (3, 5) and padded.B.shape == (4, 3) and padded.A.dtype == padded.B.dtype == dtype
+    assert not padded.A[2:].any() and not padded.B[:, 2:].any()
+    assert np.array_equal(dense(padded), dense(pair))
+    assert all(np.array_equal(a, b) for a, b in zip(lowrank.pad(pair, 2), pair, strict=True))
+
+
+@pytest.mark.parametrize("noisy", ["AB", "B", "A"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_noise_is_the_dense_one(shape: tuple[int, int, int], noisy: str) -> None:
+    """‖BA − B°A°‖² and σ²(m‖A°‖² + n‖B°‖²) + σ⁴·m·n·r, or one term of it, from matrices of full size."""
+    (m, n, r), variance = shape, 0.3
+    quiet, drawn = draw(shape), draw(shape, seed=1)
+    drawn = Pair(*(array if f in noisy else np.zeros_like(array) for f, array in zip("AB", drawn, strict=True)))
+    pair = Pair(quiet.A + drawn.A, quiet.B + drawn.B)
+    measured, expected = lowrank.noise(pair, drawn, variance)
+    assert measured == pytest.approx(np.sum((dense(pair) - dense(quiet)) ** 2), rel=1e-9)
+    in_B, in_A = variance * m * np.sum(quiet.A**2), variance * n * np.sum(quiet.B**2)
+    formula = {"AB": in_A + in_B + variance**2 * m * n * r, "B": in_B, "A": in_A}[noisy]
+    assert expected == pytest.approx(formula, rel=1e-12)
+
+
+def test_noise_that_is_far_below_the_factors_does_not_drown_in_them() -> None:
+    quiet, drawn = draw((6, 5, 2)), draw((6, 5, 2), seed=1)
+    drawn = Pair(drawn.A * 1e-9, drawn.B * 1e-9)
+    first_order = dense(Pair(quiet.A, drawn.B)) + dense(Pair(drawn.A, quiet.B))
+    measured, _ = lowrank.noise(Pair(quiet.A + drawn.A, quiet.B + drawn.B), drawn, 1.0)
+    assert measured == pytest.approx(np.sum(first_order**2), rel=1e-6)
+
+
+@pytest.mark.parametrize("noisy", ["AB", "B", "A"])
+def test_noise_is_on_average_what_is_foretold(noisy: str) -> None:
+    quiet, sigma, draws = draw((7, 9, 3)), 0.6, 4000
+    rng = np.random.default_rng(0)
+    results = []
+    for _ in range(draws):
+        drawn = Pair(*(sigma * rng.standard_normal(a.shape) * (f in noisy) for f, a in zip("AB", quiet, strict=True)))
+        results.append(lowrank.noise(Pair(quiet.A + drawn.A, quiet.B + drawn.B), drawn, sigma**2))
+    measured, foretold = np.array(results).T
+    assert np.ptp(foretold) < 1e-9 * foretold[0]  # it depends on the factors before noise only
+    error = measured.std() / np.sqrt(draws)
+    assert error < 0.02 * foretold[0]
+    assert abs(measured.mean() - foretold[0]) < 4 * error

@@ -13,11 +13,12 @@ from PIL import Image
 from torch import nn
 
 from fedlora import cli, seeds, workbench
+from fedlora.models.rows import Rows
 from fedlora.privacy import selftest
 from tests.conftest import ROOT
 from tests.test_models import bert, gpt2, vit  # noqa: F401 (fixtures)
 
-FINE = ["support", "per-example gradients", "independence", "clip bound", "noise", "movement"]
+FINE = ["support", "per-example gradients", "shared passes", "independence", "clip bound", "noise", "movement"]
 
 
 @pytest.fixture
@@ -200,6 +201,34 @@ def test_hooks_that_miss_scale_a_gradient_fail(bench, monkeypatch, capsys) -> No
     wrong = lambda *a: [rows * (4 if a[-1] == "grad_sample" else 1) for rows in backward(*a)]  # noqa: E731
     monkeypatch.setattr(selftest, "_backward", wrong)
     assert failed(bench, capsys) == {"per-example gradients"}
+
+
+def test_shared_passes_with_the_factors_of_another_example_fail(bench, monkeypatch, capsys) -> None:
+    give = Rows.give
+
+    def turned(self, factors, scale, spans):
+        give(self, {key: array.roll(1, 0) for key, array in factors.items()}, scale, spans)
+
+    monkeypatch.setattr(Rows, "give", turned)
+    assert failed(bench, capsys) == {"shared passes"}
+
+
+def test_shared_passes_with_another_scale_fail(bench, monkeypatch, capsys) -> None:
+    give = Rows.give
+    monkeypatch.setattr(Rows, "give", lambda self, factors, scale, spans: give(self, factors, 1.01 * scale, spans))
+    assert failed(bench, capsys) == {"shared passes"}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_shared_passes_are_tried_without_dropout(small, dropout) -> None:
+    found = selftest.shared_passes(workbench.build(small(adapter__dropout=dropout)))
+    assert found.ok and "single-example passes" in found.detail
+
+
+def test_where_passes_cannot_be_shared_it_says_so_and_that_is_no_failure(bench, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(bench.rows, "refusal", "the reason")
+    assert str(selftest.shared_passes(bench)) == "shared passes: ok (there are none, clients train one by one: the reason)"
+    assert failed(bench, capsys) == set()
 
 
 def test_without_clipping_the_bound_fails(bench, monkeypatch, capsys) -> None:

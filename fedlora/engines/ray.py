@@ -36,7 +36,7 @@ class Worker:
         from fedlora import workbench
 
         bench = workbench.build(workbench.experiment(experiment))
-        len(bench.train)  # encodes
+        assert bench.rows is not None  # encodes the examples and tries them
         return os.getpid()
 
     def play(self, batch: list[Message], contents: list[Any], clients: int) -> list[Message]:

@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fedlora.models.adapted import AdaptedModel, file_name
+from fedlora.models.encode import Encoded
 
 Key = tuple[str, str]  # (layer, "A" or "B"), or (name of a dense array, "")
 
@@ -31,16 +33,16 @@ class Span(NamedTuple):
 
 
 class Rows:
-    """The adapted model, with factors by example; `refusal` says why it cannot be had ("" if it can)."""
+    """The adapted model, with factors by example; `refusal` says why it cannot be had ("" if it can), tried on `examples`."""
 
-    def __init__(self, model: AdaptedModel) -> None:
+    def __init__(self, model: AdaptedModel, examples: Encoded) -> None:
         self.model = model
         self.factors: Mapping[Key, Tensor] = {}
         self.scale: float | Tensor = model.scale
         self.spans: Sequence[Span] = ()
-        self.drops = False  # whether the adapters have dropout
+        self._dropouts: list[nn.Module] = []
         self._forwards: dict[nn.Module, Callable[..., Tensor]] = {}
-        self.refusal = self._prepare()
+        self.refusal = self._prepare() or self._try(examples)
 
     def _prepare(self) -> str:
         from peft.tuners.lora.layer import Linear as LoraLinear
@@ -63,6 +65,25 @@ class Rows:
             self._forwards[module] = self._head(module, arrays)
         return ""
 
+    def _try(self, examples: Encoded) -> str:
+        """Whether every layer's rows are examples: of a batch of two and of three, since a layer may have as many positions."""
+        shared = {(n, f): array for n, pair in self.model.adapters().items() for f, array in pair._asdict().items()}
+        shared |= {(name, ""): array for name, array in self.model.dense().items()}
+        for count in (2, 3):
+            copies = {key: torch.from_numpy(a).to(self.model.device).expand(count, *a.shape) for key, a in shared.items()}
+            with self.installed(), torch.no_grad():
+                self.give(copies, self.model.scale, ())
+                try:
+                    self.logits(examples.batch(np.zeros(count, np.int64), self.model.device))
+                except ValueError as error:
+                    return str(error)
+        return ""
+
+    @property
+    def drops(self) -> bool:
+        """Whether the adapters' dropout acts: `give` then needs the spans."""
+        return any(dropout.training and getattr(dropout, "p", 0.0) for dropout in self._dropouts)
+
     @contextmanager
     def installed(self) -> Iterator[Rows]:
         """While this lasts, the model's layers compute with `factors`, which must have been set."""
@@ -79,7 +100,7 @@ class Rows:
         """What the next pass computes with.
 
         Factors (N, r, n) and (N, m, r), an array of the head (N, …), a factor that all examples share without the N; scale a
-        number or (N, 1, 1).
+        number or (N, 1, 1). No spans: no dropout.
         """
         self.factors, self.scale, self.spans = factors, scale, spans
 
@@ -92,13 +113,13 @@ class Rows:
     def _adapted(self, layer: str, module: Any) -> Callable[..., Tensor]:
         dropout = module.lora_dropout["default"]
         share = getattr(dropout, "p", 0.0)
-        self.drops |= share > 0
+        self._dropouts.append(dropout)
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             out: Tensor = module.base_layer(x, *args, **kwargs)
             A, B = self.factors[layer, "A"], self.factors[layer, "B"]
             inner = self._by_example(x).to(A.dtype)
-            if share:
+            if share and self.spans:
                 inner = inner * self._mask(inner, share)
             inner = inner @ A.mT if A.dim() == 2 else torch.bmm(inner, A.mT)
             delta = inner @ B.mT if B.dim() == 2 else torch.bmm(inner, B.mT)
@@ -122,7 +143,7 @@ class Rows:
         """x as (N, T, features). Raises ValueError where the layer's rows are not examples (windowed attention)."""
         examples = next(len(f) for f in self.factors.values() if f.dim() == 3)
         if len(x) != examples:
-            raise ValueError(f"a layer sees {len(x)} rows for {examples} examples")
+            raise ValueError(f"a layer sees {len(x)} rows for {examples} examples (windowed attention, positions first)")
         return x.reshape(examples, -1, x.shape[-1])
 
     def _mask(self, x: Tensor, share: float) -> Tensor:

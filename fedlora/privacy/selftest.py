@@ -21,16 +21,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from opacus.grad_sample import GradSampleHooks
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from clients.cohort import Cohort, Member
 from clients.private import Mechanism, flatten, hooked
+from clients.task import Task
 from clients.train import train
 from fedlora import cli, workbench
 from fedlora.check import ConfigError
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.encode import Texts
+from fedlora.privacy.refusals import trained, unsupported
 from fedlora.workbench import Workbench
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -70,7 +71,7 @@ def report(bench: Workbench) -> int:
     """Print every check of this workbench. Returns 0 if all are ok, else 1; raises ConfigError for what is refused."""
     print(supported(bench), flush=True)
     failed = 0
-    for check in (per_example_gradients, independence, sensitivity, noise, movement):
+    for check in (per_example_gradients, shared_passes, independence, sensitivity, noise, movement):
         found = check(bench)
         failed += not found.ok
         print(found, flush=True)
@@ -90,7 +91,7 @@ def supported(bench: Workbench) -> Check:
     parameters = model.trainable("AB")
     model.peft.train()
     for name, module in model.peft.named_modules():
-        if reason := _unsupported(module):
+        if reason := unsupported(module):
             raise ConfigError(f"{name or 'the model'} ({type(module).__name__}) {reason}")
     try:
         counts = {len(rows) for rows in per_example(bench, "AB", [records(bench)])[0]}
@@ -102,34 +103,8 @@ def supported(bench: Workbench) -> Check:
             f"a batch of {RECORDS} records gives gradients of {', '.join(map(str, sorted(counts)))} rows: rows are not records "
             "(windowed attention, position embeddings); use a model without windows, or other adapter.target_modules"
         )
-    layers = ", ".join(sorted({type(module).__name__ for module in model.peft.modules() if _trained(module)}))
+    layers = ", ".join(sorted({type(module).__name__ for module in model.peft.modules() if trained(module)}))
     return Check("support", True, f"{sum(p.numel() for p in parameters):,} trained parameters in {layers}")
-
-
-def _unsupported(module: nn.Module) -> str:
-    """Why this one module cannot be trained, or trained under, with per-example gradients; "" if it can."""
-    if isinstance(module, LoraLayer):
-        base: Any = module.get_base_layer()
-        if module.lora_magnitude_vector:
-            return "has a DoRA adapter, whose magnitude has no per-example gradient; use plain LoRA"
-        if module.lora_embedding_A or not (isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D"):
-            return "is no linear layer, and adapters elsewhere have no exact gradients; change adapter.target_modules"
-    if _trained(module) and type(module) not in GradSampleHooks.GRAD_SAMPLERS:
-        known = ", ".join(sorted(kind.__name__ for kind in GradSampleHooks.GRAD_SAMPLERS if kind.__module__[:5] == "torch"))
-        return f"is trained, and has exact per-example gradients only as {known}; freeze it (adapter.train_head=false)"
-    if any(parameter.dtype != torch.float32 for parameter in module.parameters(recurse=False) if parameter.requires_grad):
-        return "holds trained parameters that are not float32, too coarse to clip and add noise to; load them as float32"
-    if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-        return "normalises over the batch, so that records share a gradient; use a model with LayerNorm or GroupNorm"
-    if getattr(module, "gradient_checkpointing", False):
-        keywords = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
-        if keywords.get("use_reentrant") is not True:
-            return "has gradient checkpointing with use_reentrant=False, which Opacus' hooks do not survive; switch it off"
-    return ""
-
-
-def _trained(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
 
 
 # ---- the checks
@@ -144,6 +119,27 @@ def per_example_gradients(bench: Workbench) -> Check:
         worst[trains] = difference(per_example(bench, trains, [chosen])[0], expected)
     numbers = ", ".join(f"{error:.1e} for factors {trains}" for trains, error in worst.items())
     return Check("per-example gradients", max(worst.values()) <= TOLERANCE, f"off single-example passes by {numbers}")
+
+
+def shared_passes(bench: Workbench) -> Check:
+    """The gradients of a pass that clients share, each with factors of its own, are those of single-example passes."""
+    model, worst = bench.model, {}
+    if bench.rows.refusal:
+        return Check("shared passes", True, f"there are none, clients train one by one: {bench.rows.refusal}")
+    for trains in ("AB", "B"):
+        members, alone = [], []
+        for client, record in enumerate(records(bench)):
+            alone.append(_backward(bench, start(bench, trains, client), record[None], "grad"))
+            task = Task(record[None], bench.config.train, trains, (1, 1), (bench.config.seed, client, 1))
+            members.append(Member(task, model.adapters(), model.dense(), model.scale))
+        with still(model), bench.rows.installed():
+            cohort = Cohort(bench.rows, bench.train, members)
+            vectors = torch.stack([trainee.vector() for trainee in cohort.trainees])
+            rows, _ = cohort.gradients(cohort.trainees, np.arange(RECORDS), vectors, records(bench))
+        expected = [torch.stack(each) for each in zip(*alone, strict=True)]
+        worst[trains] = difference(list(rows.split(cohort.layout.sizes, dim=1)), [each.flatten(1) for each in expected])
+    numbers = ", ".join(f"{error:.1e} for factors {trains}" for trains, error in worst.items())
+    return Check("shared passes", max(worst.values()) <= TOLERANCE, f"off single-example passes by {numbers}")
 
 
 def independence(bench: Workbench) -> Check:
@@ -229,10 +225,10 @@ def still(model: AdaptedModel) -> Iterator[None]:
         model.peft.eval()
 
 
-def start(bench: Workbench, trains: str) -> list[nn.Parameter]:
-    """The parameters to train, with A as in round 0 and a B of its own (at B = 0, A has no gradient)."""
-    model, rng = bench.model, np.random.default_rng(0)
-    begin = model.initial("kaiming", bench.config.seed)
+def start(bench: Workbench, trains: str, client: int = 0) -> list[nn.Parameter]:
+    """The parameters to train, with the factors of this client: A as round 0 draws it, B not 0 (A had no gradient)."""
+    model, rng = bench.model, np.random.default_rng(client)
+    begin = model.initial("kaiming", bench.config.seed + client)
     begin = {name: pair._replace(B=rng.normal(0, 0.02, pair.B.shape).astype(np.float32)) for name, pair in begin.items()}
     model.write(begin, model.initial_head)
     return model.trainable(trains)
