@@ -85,9 +85,12 @@ def norm(pair: Pair) -> float:
     """‖B A‖_F from the r × r Gram matrices: ‖BA‖² = ⟨BᵀB, AAᵀ⟩. Costs O((m + n) r²).
 
     Guarantee: relative error below about 1e-8 (a square root of the rounding of float64) where the product of stacked
-    factors cancels, and near rounding elsewhere. A zero factor gives 0.
+    factors cancels, and near rounding elsewhere. A zero factor gives 0. Of factors so fat that the product has fewer entries
+    than they have, the product is formed.
     """
     A, B = _double(pair)
+    if pair.rank > min(len(B), A.shape[1]):
+        return float(np.linalg.norm(B @ A))
     return float(np.sqrt(max(np.sum((B.T @ B) * (A @ A.T)), 0.0)))
 
 

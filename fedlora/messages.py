@@ -114,8 +114,8 @@ def array_bytes(content: RecordDict) -> int:
 
 def _to_wire(array: np.ndarray) -> Array:
     """The array as Flower would serialise it: the bytes of np.save, whose header takes longer to make than all the rest."""
-    data = _npy_header(array.dtype.str, array.shape) + array.tobytes()
-    return Array(dtype=str(array.dtype), shape=array.shape, stype="numpy.ndarray", data=data)
+    name, header = _npy_header(array.dtype, array.shape)
+    return Array(dtype=name, shape=array.shape, stype="numpy.ndarray", data=header + array.tobytes())
 
 
 def _from_wire(array: Array) -> np.ndarray:
@@ -129,10 +129,10 @@ def _from_wire(array: Array) -> np.ndarray:
 
 
 @lru_cache(maxsize=4096)
-def _npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
+def _npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> tuple[str, bytes]:
     buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, {"descr": dtype, "fortran_order": False, "shape": shape})
-    return buffer.getvalue()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": dtype.str, "fortran_order": False, "shape": shape})
+    return str(dtype), buffer.getvalue()
 
 
 @lru_cache(maxsize=4096)

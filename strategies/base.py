@@ -22,9 +22,7 @@ from fedlora.check import RunError
 from fedlora.messages import ServerState, Update
 from fedlora.participation import draw_cohort
 from strategies.metrics import client_metrics, geometry, signal_to_noise
-from strategies.updates import Sum, average_dense, read_update
-
-MANY = 256  # clients in a cohort from which a linear strategy adds updates up as they come, instead of keeping them all
+from strategies.updates import MANY, Sum, average_dense, read_update
 
 
 @dataclass

@@ -11,6 +11,8 @@ from fedlora import lowrank, messages
 from fedlora.lowrank import Pair
 from fedlora.messages import ServerState, Update
 
+MANY = 256  # clients in a cohort from which what grows with their number is left out, and a mean is summed as they come
+
 
 def read_update(client: int, content: RecordDict, state: ServerState, weight_key: str, trains: str) -> Update:
     """One client's reply as an Update, in the dtype of the broadcast.

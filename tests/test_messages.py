@@ -143,3 +143,26 @@ def test_initial_arrays_need_an_adapter() -> None:
     }
     with pytest.raises(ValueError, match="get_peft_model_state_dict"):
         messages.state_of(ArrayRecord(named), 1.0)
+
+
+# ---- on the wire
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.int64, ">f4"])
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 5), (1, 0, 4)])
+def test_the_wire_has_the_bytes_of_flowers_own_arrays(dtype: str, shape: tuple[int, ...]) -> None:
+    array = np.asarray(np.arange(np.prod(shape, dtype=int)), dtype=dtype).reshape(shape)
+    ours, theirs = messages.pack({}, {"head": array})["head"], Array(array)
+    assert (ours.data, ours.dtype, ours.shape, ours.stype) == (theirs.data, theirs.dtype, theirs.shape, theirs.stype)
+    (back,) = messages.unpack(ArrayRecord({"head": theirs}))[1].values()
+    assert back.dtype == array.dtype and np.array_equal(back, array)
+
+
+def test_arrays_of_another_order_are_read_and_bytes_that_are_none_are_refused() -> None:
+    turned = np.asfortranarray(np.arange(6.0).reshape(2, 3))
+    assert np.array_equal(messages.unpack(ArrayRecord({"head": Array(turned)}))[1]["head"], turned)
+    whole = Array(np.ones(4))
+    for data in (whole.data[:-1], whole.data[:50], b"no array", b""):
+        cut = ArrayRecord({"head": Array(dtype="float64", shape=(4,), stype="numpy.ndarray", data=data)})
+        with pytest.raises((ValueError, EOFError)):
+            messages.unpack(cut)
