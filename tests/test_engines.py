@@ -101,7 +101,7 @@ def test_a_cohort_whose_worker_dies_is_played_one_by_one_and_only_the_guilty_is_
     inline = _one_round(config, "tests.apps:raises_together")
     config.engine.name, config.engine.workers, config.engine.retries = "ray", 2, 0
     strategy = _one_round(config, "tests.apps:always_dies")
-    assert strategy.report.drops == {1: "its worker died 1 times (out of memory?)"}
+    assert strategy.report.drops == {1: "its worker died 1 time (out of memory?)"}
     for name, pair in inline.state.adapters.items():
         assert np.array_equal(strategy.state.adapters[name].B, pair.B)
 
@@ -118,7 +118,8 @@ def test_the_content_of_a_round_is_stored_once(config, monkeypatch) -> None:
 
     config.engine.name, config.engine.workers = "ray", 2
     engine = engines.make(config)
-    engine.starting.result()
+    warming = engine.starting.result().warming
+    ray.wait(list(warming), num_returns=len(warming))  # until then the driver plays
     stored = []
     put = ray.put
     monkeypatch.setattr(ray, "put", lambda value: stored.append(value) or put(value))

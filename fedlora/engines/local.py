@@ -79,7 +79,7 @@ class LocalGrid(Grid):
     def cohorts(self, batch: list[Message]) -> list[list[Message]]:
         """The messages by who is played together: those of training, in cohorts, where the ClientApp can do that."""
         training = bool(batch) and batch[0].metadata.message_type == MessageType.TRAIN
-        if not training or self.cohort == 1 or not hasattr(self.app, "cohorts"):
+        if not training or self.cohort == 1 or not hasattr(self.app, "together"):
             return [[message] for message in batch]
         places = self.app.cohorts([(message, _context(message, self.clients)) for message in batch], self.cohort)
         return [[batch[place] for place in cohort] for cohort in places]

@@ -1,13 +1,15 @@
 """`engine=ray`: clients on Ray workers, each a process with one resident base model.
 
 A round's arrays go into the object store once, and each worker reads them from there once, however many clients it
-plays. A client goes to whichever worker is free. A worker that dies is replaced and its client is run again; since a
-client is a function of its message, its data and its own random streams, the numbers do not change.
+plays. A cohort goes to whichever worker is free; until the first one is up, the driver plays. A worker that dies is
+replaced and its clients are run again; since a client is a function of its message, its data and its own random streams,
+the numbers do not change.
 """
 
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import threading
 import time
@@ -20,7 +22,7 @@ from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedlora.config import Config
-from fedlora.engines import OnReply, cohort, load_app, resources
+from fedlora.engines import CLIENT_APP, OnReply, cohort, load_app, resources
 from fedlora.engines.local import WORKER_LOST, LocalGrid, carrying, play
 
 
@@ -56,7 +58,24 @@ class Pool:
         self.kind = (app, workers, gpus)
         self.actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(Worker)
         self.idle = deque(self.actor.remote(app) for _ in range(workers))
+        self.warming: dict[Any, Any] = {}  # reference to the end of it → worker
         self.size = workers
+
+    def warm(self, experiment: str) -> None:
+        """Let every worker build what the experiment needs; `admit` says when."""
+        while self.idle:
+            worker = self.idle.popleft()
+            self.warming[worker.warm.remote(experiment)] = worker
+
+    def admit(self, timeout: float | None = 0.0) -> None:
+        """Workers that are warm become idle; waits for the first one, `timeout` seconds at most, where there is none."""
+        import ray
+
+        if self.warming:
+            ready, _ = ray.wait(list(self.warming), num_returns=len(self.warming), timeout=0.0)
+            if not ready and not self.idle and timeout != 0.0:
+                ready, _ = ray.wait(list(self.warming), num_returns=1, timeout=timeout)
+            self.idle.extend(self.warming.pop(reference) for reference in ready)
 
     def replace(self, dead: Any) -> Any:
         """A new worker in the place of one that died or hangs."""
@@ -69,8 +88,10 @@ class Pool:
         """End all workers."""
         import ray
 
-        while self.idle:
-            ray.kill(self.idle.popleft())
+        for worker in (*self.idle, *self.warming.values()):
+            ray.kill(worker)
+        self.idle.clear()
+        self.warming.clear()
 
 
 _pool: Pool | None = None
@@ -79,7 +100,7 @@ _pool: Pool | None = None
 def pool(app: str, workers: int, gpus: float) -> Pool:
     """The pool of this process, made anew where another one is asked for."""
     global _pool
-    if _pool is None or _pool.kind != (app, workers, gpus) or len(_pool.idle) < workers:
+    if _pool is None or _pool.kind != (app, workers, gpus) or len(_pool.idle) + len(_pool.warming) < workers:
         if _pool is not None:
             _pool.stop()
         _pool = Pool(app, workers, gpus)
@@ -98,13 +119,22 @@ def shutdown() -> None:
 
 
 class RayGrid(LocalGrid):
-    """Executes messages on the workers of a pool."""
+    """Executes messages on the workers of a pool; until the first of them is up, here, if they are for the project's own app.
+
+    An app of somebody else's may end the process that it is in, so it waits for one of its own.
+    """
 
     def __init__(
-        self, clients: int, app: str, pool: Pool, retries: int, cohort: int | None = 1, on_reply: OnReply = lambda count: None
+        self,
+        clients: int,
+        app: str,
+        pool: Future[Pool],
+        retries: int,
+        cohort: int | None = 1,
+        on_reply: OnReply = lambda count: None,
     ) -> None:
         super().__init__(clients, app, cohort, on_reply)
-        self.pool, self.retries = pool, retries
+        self.starting, self.retries, self.ours = pool, retries, app == CLIENT_APP
         self.restarts = 0  # workers replaced so far
 
     def execute(self, messages: list[Message], timeout: float | None) -> Iterator[Message]:
@@ -113,43 +143,65 @@ class RayGrid(LocalGrid):
         Where its worker died `retries` + 1 times its clients are played one by one, as often, to find out whose fault it is;
         that one gets an error reply.
         """
+        deadline = time.monotonic() + timeout if timeout is not None else math.inf
+        waiting = deque((together, self.retries) for together in self.cohorts(messages))
+        while waiting and self.ours and not self._up():
+            yield from play(self.app, waiting.popleft()[0], self.clients)
+            if time.monotonic() > deadline:
+                return
+        if waiting:
+            yield from self._on_workers(self.starting.result(), waiting, deadline)
+
+    def _up(self) -> bool:
+        """Whether a worker is free."""
+        if self.starting.done():
+            self.starting.result().admit()
+        return self.starting.done() and bool(self.starting.result().idle)
+
+    def _on_workers(self, pool: Pool, waiting: deque[tuple[list[Message], int]], deadline: float) -> Iterator[Message]:
         import ray
 
-        deadline = time.monotonic() + timeout if timeout is not None else None
         # Messages of a round share one content object: each distinct one is stored once.
-        stored = {id(m.content): m.content for m in messages}
+        stored = {id(message.content): message.content for together, _ in waiting for message in together}
         references = {key: ray.put(content) for key, content in stored.items()}
-        waiting = deque((together, self.retries) for together in self.cohorts(messages))
         running: dict[Any, tuple[Any, list[Message], int]] = {}
+
+        def left() -> float | None:
+            return None if deadline == math.inf else max(0.0, deadline - time.monotonic())
+
         try:
             while waiting or running:
-                while waiting and self.pool.idle:
-                    worker, (together, retries) = self.pool.idle.popleft(), waiting.popleft()
+                pool.admit(0.0 if running else left())
+                while waiting and pool.idle:
+                    worker, (together, retries) = pool.idle.popleft(), waiting.popleft()
                     envelopes = [carrying(message, RecordDict()) for message in together]
                     contents = [references[id(message.content)] for message in together]
                     running[worker.play.remote(envelopes, contents, self.clients)] = (worker, together, retries)
-                left = None if deadline is None else max(0.0, deadline - time.monotonic())
-                done, _ = ray.wait(list(running), num_returns=1, timeout=left)
+                watched = [*running, *(pool.warming if waiting else ())]
+                done, _ = ray.wait(watched, num_returns=1, timeout=left())
                 if not done:
                     return  # out of time: those still running give no reply
+                if done[0] in pool.warming:
+                    continue
                 worker, together, retries = running.pop(done[0])
                 try:
                     replies = ray.get(done[0])
-                    self.pool.idle.append(worker)
+                    pool.idle.append(worker)
                     yield from replies
                 except ray.exceptions.RayActorError:
-                    self.pool.idle.append(self.pool.replace(worker))
+                    pool.idle.append(pool.replace(worker))
                     self.restarts += 1
                     if retries:
                         waiting.appendleft((together, retries - 1))
                     elif len(together) > 1:
                         waiting.extendleft(([message], self.retries) for message in reversed(together))
                     else:
-                        reason = f"its worker died {self.retries + 1} times (out of memory?)"
+                        times = self.retries + 1
+                        reason = f"its worker died {times} time{'s'[: times - 1]} (out of memory?)"
                         yield Message(Error(WORKER_LOST, reason), reply_to=together[0])
         finally:  # also when the run is stopped in mid-round: a busy worker is of no use to the next one
             for worker, _, _ in running.values():
-                self.pool.idle.append(self.pool.replace(worker))
+                pool.idle.append(pool.replace(worker))
 
 
 class RayEngine:
@@ -165,8 +217,7 @@ class RayEngine:
         try:
             start_ray(self.config.engine.workers or 0)
             started = pool(self.app, *resources(self.config))
-            for worker in started.idle:
-                worker.warm.remote(self.config.to_json())  # queued in the actor, ahead of its first client
+            started.warm(self.config.to_json())
             self.starting.set_result(started)
         except BaseException as error:
             self.starting.set_exception(error)
@@ -174,9 +225,9 @@ class RayEngine:
         threading.Event().wait()
 
     def run(self, drive: Callable[[Grid], object]) -> None:
-        """Call `drive` with the grid as soon as Ray is up; the workers may still be warming."""
-        pool, retries = self.starting.result(), self.config.engine.retries
-        self.grid = RayGrid(self.config.clients, self.app, pool, retries, cohort(self.config), self.on_reply)
+        """Call `drive` with the grid; Ray may still be starting, and its workers may be warming."""
+        retries = self.config.engine.retries
+        self.grid = RayGrid(self.config.clients, self.app, self.starting, retries, cohort(self.config), self.on_reply)
         drive(self.grid)
 
     def close(self) -> None:
