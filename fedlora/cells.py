@@ -18,6 +18,8 @@ import traceback
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import groupby
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -74,8 +76,8 @@ def check_folders(cells: Sequence[Config]) -> list[Recorder]:
     return recorders
 
 
-def side_by_side(recorders: Sequence[Recorder]) -> tuple[list[int], int, float]:
-    """Numbers of the cells to run side by side, in their order; so many workers at a time, and GPUs for each.
+def side_by_side(recorders: Sequence[Recorder]) -> tuple[list[tuple[int, ...]], int, float]:
+    """Numbers of the cells to run side by side, those in step together; so many workers at a time, and GPUs for each.
 
     There are none unless the unfinished cells all ask for the same Ray workers, at least two, and fill them.
     """
@@ -90,13 +92,18 @@ def side_by_side(recorders: Sequence[Recorder]) -> tuple[list[int], int, float]:
     if wanted or workers == 1:
         return [], 1, 0.0
     unfinished.sort(key=lambda number: _resident(recorders[number].config))
-    return unfinished[: len(unfinished) // workers * workers], workers, gpus
+    in_step: list[tuple[int, ...]] = []
+    for _, alike in groupby(unfinished, key=lambda number: _resident(recorders[number].config)):
+        numbers = list(alike)
+        in_step += [tuple(numbers[i : i + engines[0].share]) for i in range(0, len(numbers), engines[0].share)]
+    return in_step[: len(in_step) // workers * workers], workers, gpus
 
 
 def show_plan(cells: Sequence[Config], estimates: Sequence[Estimate], noise: Sequence[str]) -> None:
     """A row for each cell, its `noise` in it, and the totals of those that are not finished yet."""
     recorders = check_folders(cells)
-    together, workers, _ = side_by_side(recorders)
+    in_step, workers, _ = side_by_side(recorders)
+    together = [number for numbers in in_step for number in numbers]
     seconds = [each.seconds_alone if number in together else each.seconds for number, each in enumerate(estimates)]
     rows = [
         [recorder.folder.name, sigma, terminal.size(each.up), terminal.size(each.down),
@@ -138,8 +145,9 @@ def _conclude(recorder: Recorder, summary: Summary, label: str = "") -> Summary:
 
 
 def _resident(cell: Config) -> str:
-    """Equal for cells that share what a process keeps, which are therefore played in a row."""
-    return json.dumps([asdict(cell.dataset), asdict(cell.model), asdict(cell.adapter), cell.device, cell.seed])
+    """Equal for cells that share what a process keeps, which are therefore played in a row, and may be in step."""
+    parts = [asdict(part) for part in (cell.dataset, cell.model, cell.adapter, cell.partition)]
+    return json.dumps([*parts, cell.clients, cell.device, cell.threads, cell.seed])
 
 
 # ---- whole cells on Ray workers
@@ -160,13 +168,19 @@ class Player:
         """The process, for the driver to signal."""
         return os.getpid()
 
-    def play(self, cell: str) -> Summary:
-        """The summary of the cell, played inline."""
+    def play(self, cells: list[str]) -> list[Summary]:
+        """The summaries of the cells, played inline: one by itself, several in step."""
+        from fedlora.engines import instep
+
+        if self.stopped:
+            return [INTERRUPTED] * len(cells)
+        name, started = "inline" if len(cells) == 1 else "instep", time.perf_counter()
+        played = [partial(attempt, Config.from_json(cell), started, engine_name=name) for cell in cells]
         self.playing = True
         try:
-            return INTERRUPTED if self.stopped else attempt(Config.from_json(cell), time.perf_counter(), engine_name="inline")
+            return [played[0]()] if len(cells) == 1 else instep.run(played, lambda: self.stopped)
         except KeyboardInterrupt:
-            return INTERRUPTED
+            return [INTERRUPTED] * len(cells)
         finally:
             self.playing = False
 
@@ -192,29 +206,30 @@ class SideBySide:
     def __init__(self, recorders: list[Recorder], workers: int, gpus: float) -> None:
         self.recorders, self.workers, self.gpus = recorders, workers, gpus
         self.idle: list[Seat] = []
-        self.waiting: deque[tuple[int, int]] = deque()  # numbers of cells, and attempts left
-        self.running: dict[Any, tuple[Seat, int, int]] = {}  # by the reference to the summary
+        self.waiting: deque[tuple[tuple[int, ...], int]] = deque()  # numbers of cells in step, and attempts left
+        self.running: dict[Any, tuple[Seat, tuple[int, ...], int]] = {}  # by the reference to the summaries
         self.ended: dict[int, Summary] = {}
 
-    def run(self, numbers: list[int]) -> dict[int, Summary]:
+    def run(self, in_step: list[tuple[int, ...]]) -> dict[int, Summary]:
         """Summaries of the cells with these numbers; on Ctrl-C every cell of the sweep that has not ended is interrupted."""
         import ray
 
         from fedlora.engines.ray import start_ray
 
+        numbers = [number for numbers in in_step for number in numbers]
         terminal.say(f"{len(numbers)} of {len(self.recorders)} cells side by side, {self.workers} at a time")
         shown = terminal.Cells({number: self.recorders[number] for number in numbers})
         try:
             with shown, CtrlC() as ctrl_c:
                 start_ray(self.workers)
-                self.waiting.extend((number, ATTEMPTS) for number in numbers)
+                self.waiting.extend((together, ATTEMPTS) for together in in_step)
                 self.idle.extend(self._seat() for _ in range(self.workers))
                 while self.waiting or self.running:
                     while self.waiting and self.idle:
                         self._begin(self.idle.pop(), *self.waiting.popleft())
                     for task in ray.wait(list(self.running), timeout=1.0)[0]:
                         self._end(task)
-                    shown.update(self.ended, [number for _, number, _ in self.running.values()])
+                    shown.update(self.ended, [number for _, numbers, _ in self.running.values() for number in numbers])
                     ctrl_c.check()
         except KeyboardInterrupt:
             self._stop()
@@ -232,29 +247,33 @@ class SideBySide:
     def _label(self, number: int) -> str:
         return f"cell {number + 1} of {len(self.recorders)}: "
 
-    def _begin(self, seat: Seat, number: int, attempts: int) -> None:
-        terminal.say(self._label(number) + self.recorders[number].folder.name)
-        self.running[seat.player.play.remote(self.recorders[number].config.to_json())] = seat, number, attempts
+    def _begin(self, seat: Seat, numbers: tuple[int, ...], attempts: int) -> None:
+        for number in numbers:
+            terminal.say(self._label(number) + self.recorders[number].folder.name)
+        cells = [self.recorders[number].config.to_json() for number in numbers]
+        self.running[seat.player.play.remote(cells)] = seat, numbers, attempts
 
     def _end(self, task: Any) -> None:
-        """Take in the summary of a cell, or begin it again where its worker died."""
+        """Take in the summaries of cells, or begin them again where their worker died."""
         import ray
 
-        seat, number, attempts = self.running.pop(task)
+        seat, numbers, attempts = self.running.pop(task)
         try:
-            summary = ray.get(task)
+            summaries = ray.get(task)
             self.idle.append(seat)
-            for note in summary.get("notes", ()):
-                terminal.say(f"{self._label(number)}note: {note}")
         except ray.exceptions.RayError:
             ray.kill(seat.player)
             self.idle.append(self._seat())
             if attempts > 1:
-                terminal.say(self._label(number) + "its worker died, so it is run again")
-                self.waiting.appendleft((number, attempts - 1))
+                for number in numbers:
+                    terminal.say(self._label(number) + "its worker died, so it is run again")
+                self.waiting.appendleft((numbers, attempts - 1))
                 return
-            summary = {"status": "failed", "reason": f"its worker died {ATTEMPTS} times (out of memory?)"}
-        self.ended[number] = _conclude(self.recorders[number], summary, self._label(number))
+            summaries = [{"status": "failed", "reason": f"its worker died {ATTEMPTS} times (out of memory?)"}] * len(numbers)
+        for number, summary in zip(numbers, summaries, strict=True):
+            for note in summary.get("notes", ()):
+                terminal.say(f"{self._label(number)}note: {note}")
+            self.ended[number] = _conclude(self.recorders[number], summary, self._label(number))
 
     def _stop(self) -> None:
         """Ctrl-C for every cell that runs, and the time to save what there is; one whose process is not up has nothing."""
@@ -266,8 +285,9 @@ class SideBySide:
             with contextlib.suppress(ray.exceptions.RayError, ProcessLookupError):  # it has died meanwhile
                 os.kill(ray.get(pid), signal.SIGUSR1)
         deadline = time.monotonic() + GRACE
-        for task, (_, number, _) in list(self.running.items()):
+        for task, (_, numbers, _) in list(self.running.items()):
             with contextlib.suppress(ray.exceptions.RayError):  # died, or took too long
-                summary = ray.get(task, timeout=max(0.0, deadline - time.monotonic()))
-                self.ended[number] = _conclude(self.recorders[number], summary, self._label(number))
+                summaries = ray.get(task, timeout=max(0.0, deadline - time.monotonic()))
+                for number, summary in zip(numbers, summaries, strict=True):
+                    self.ended[number] = _conclude(self.recorders[number], summary, self._label(number))
         self.ended |= {number: INTERRUPTED for number in range(len(self.recorders)) if number not in self.ended}

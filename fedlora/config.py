@@ -123,6 +123,7 @@ class EngineConfig:
     workers: int | None = setting(None, "ray, flower: worker processes; none: one a core, or one a GPU")
     gpus_per_worker: float | None = setting(None, "ray, flower: share of a GPU a worker holds; none: 1 on cuda, else 0")
     cohort: str = setting("auto", "ray, inline: clients that share a pass: auto (measured once a machine) or a number")
+    share: int = setting(1, "ray: cells of a sweep that a worker plays in step, so that their clients may share a pass")
     prefix_cache: float = setting(1.0, "GB a process may keep of what the blocks below all adapters make of examples; 0: none")
     retries: int = setting(2, "ray: times a client is run again after its worker died")
 

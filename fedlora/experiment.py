@@ -84,7 +84,7 @@ def run(config: Config, started: float, app: str = engines.CLIENT_APP, engine_na
             outcome = attempt(engine, rounds)
     finally:
         engine.close()
-    return conclude(bench, reached[-1], recorder, outcome, notes)
+    return conclude(bench, reached[-1], recorder, outcome, list(notes.values()))
 
 
 def make_strategy(config: Config) -> LoRAStrategy:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -37,24 +38,29 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+_said: ContextVar[dict[type[Warning], str] | None] = ContextVar("said", default=None)  # of the run that goes on here
+_usual = warnings.showwarning
+
+
+def _show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+    said = _said.get()
+    if said is None or not category.__module__.startswith("fedlora."):
+        _usual(message, category, *place)
+    elif category not in said:
+        said[category] = str(message)
+        say(f"note: {message}")
+
+
 @contextmanager
-def notes() -> Iterator[list[str]]:
-    """Within, a warning of ours is one line, once for each kind; yields the sentences that were said."""
-    kinds: set[type[Warning]] = set()
-    sentences: list[str] = []
-    usual = warnings.showwarning
-
-    def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
-        if not category.__module__.startswith("fedlora."):
-            usual(message, category, *place)
-        elif category not in kinds:
-            kinds.add(category)
-            sentences.append(str(message))
-            say(f"note: {message}")
-
-    with warnings.catch_warnings():
-        warnings.showwarning = show  # type: ignore[assignment]  # `place` is the rest of its arguments
-        yield sentences
+def notes() -> Iterator[dict[type[Warning], str]]:
+    """Within, a warning of ours is one line, once for each kind; yields what was said. Runs in step have their own each."""
+    warnings.showwarning = _show  # type: ignore[assignment]  # and stays: elsewhere it does what is usual
+    said: dict[type[Warning], str] = {}
+    token = _said.set(said)
+    try:
+        yield said
+    finally:
+        _said.reset(token)
 
 
 def say(sentence: str) -> None:

@@ -32,6 +32,7 @@ def validate(config: Config) -> None:
     check.not_negative(**{"engine.prefix_cache": config.engine.prefix_cache})
     if config.engine.cohort != "auto" and not (config.engine.cohort.isdecimal() and int(config.engine.cohort)):
         raise ConfigError(f"engine.cohort={config.engine.cohort} must be auto or a number of clients from 1 on")
+    check.positive(**{"engine.share": config.engine.share})
     if config.engine.workers is not None:
         check.positive(**{"engine.workers": config.engine.workers})
     if config.engine.gpus_per_worker is not None:
@@ -40,7 +41,7 @@ def validate(config: Config) -> None:
 
 def engine_names() -> list[str]:
     """The engines there are, by the files of their folder; importing them would load Flower for a question about a name."""
-    parts = {"local"}  # what engines share
+    parts = {"local", "instep"}  # what engines share, and what sweeps use
     return sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).parent / "engines")]) if m.name not in parts)
 
 

@@ -55,7 +55,7 @@ class Workbench:
         return partition.holdout(self.shards[client], self.config.evaluate.holdout, self.config.seed, client)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=64)  # cells in step take turns
 def experiment(text: str) -> Config:
     """The configuration that a message carries, checked again where it arrives."""
     return Config.from_json(text)
@@ -66,7 +66,7 @@ def build(config: Config) -> Workbench:
     return _build(config.to_json())
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=64)
 def _build(text: str) -> Workbench:
     config = experiment(text)
     torch.set_num_threads(config.threads)

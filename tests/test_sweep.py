@@ -96,13 +96,13 @@ def workers(tmp_path, monkeypatch):
 class Mortal(cells.Player):
     """A player that dies in its first cell of seed 1, and in every one of seed 2."""
 
-    def play(self, cell: str):
-        mark = Path(os.environ["FEDLORA_TEST_MARK"])
+    def play(self, cells: list[str]):
+        (cell,), mark = cells, Path(os.environ["FEDLORA_TEST_MARK"])
         if '"seed": 2' in cell or not mark.exists():
             if '"seed": 1' in cell:
                 mark.touch()
             os._exit(1)
-        return super().play(cell)
+        return super().play(cells)
 
 
 def test_a_cell_whose_worker_dies_is_run_once_more_and_then_failed(small, capsys, monkeypatch, workers) -> None:
@@ -118,12 +118,15 @@ def test_a_cell_whose_worker_dies_is_run_once_more_and_then_failed(small, capsys
 
 
 def test_as_many_cells_as_fill_the_workers_run_side_by_side_and_none_otherwise(small) -> None:
-    def chosen(*settings: dict) -> list[int]:
+    def chosen(*settings: dict) -> list[tuple[int, ...]]:
         usual = {"engine__name": "ray", "engine__workers": 2}
         return cells.side_by_side([records.Recorder(small(**usual | own)) for own in settings])[0]
 
-    assert chosen({"seed": 1}, {"seed": 2}, {"seed": 3}) == [0, 1]
-    assert chosen({"seed": 2}, {"seed": 1}, {"seed": 2, "rounds": 1}, {"seed": 1, "rounds": 1}) == [1, 3, 0, 2]
+    assert chosen({"seed": 1}, {"seed": 2}, {"seed": 3}) == [(0,), (1,)]
+    alike = {"seed": 2}, {"seed": 1}, {"seed": 2, "rounds": 1}, {"seed": 1, "rounds": 1}, {"seed": 1, "train__lr": 0.1}
+    assert chosen(*alike) == [(1,), (3,), (4,), (0,)]
+    assert chosen(*({"engine__share": 2} | each for each in alike)) == [(1, 3), (4,)]
+    assert chosen(*({"engine__share": 9} | each for each in alike)) == [(1, 3, 4), (0, 2)]
     assert chosen({"seed": 1}) == []
     assert chosen({"seed": 1, "engine__workers": 1}, {"seed": 2, "engine__workers": 1}) == []
     assert chosen({"seed": 1}, {"seed": 2, "engine__workers": 3}) == []
@@ -138,7 +141,7 @@ def test_a_looser_bound_is_noted_once_a_run_in_one_line(capsys) -> None:
     with terminal.notes() as said:
         warnings.warn("ε is looser", LooserBound, stacklevel=1)
         warnings.warn("ε is looser still", LooserBound, stacklevel=1)
-    assert said == ["ε is looser"]
+    assert list(said.values()) == ["ε is looser"]
     assert capsys.readouterr() == ("note: ε is looser\n", "")
 
 
@@ -152,3 +155,49 @@ def test_the_plan_of_a_sweep_has_a_row_a_cell_and_totals(tmp_path, capsys) -> No
     total = lines(printed, "4 cells to run: up 557.1 kB, down 1.1 MB, about ")
     assert len(total) == 1 and "4 of them side by side, 2 at a time" in total[0]
     assert not list(tmp_path.iterdir())
+
+
+def test_cells_in_step_share_passes_and_have_their_own_numbers(small, player, monkeypatch) -> None:
+    """Alone and in step: three rounds of strategies, σ and learning rates that differ, and one that ends early."""
+    from clients import cohort
+
+    own = [
+        {"strategy": {"name": "fedsvd"}, "rounds": 3},
+        {"strategy": {"name": "fedavg"}, "rounds": 3, "train__lr": 0.1},
+        {"strategy": {"name": "ffa_lora"}, "rounds": 1, "privacy__name": "record", "privacy__noise_multiplier": 0.5},
+        {"strategy": {"name": "ffa_lora"}, "rounds": 3, "privacy__name": "record", "privacy__noise_multiplier": 1.5},
+    ]
+    settings = {"engine__cohort": "16", "evaluate__holdout": 0.3}
+    alone = [cells.attempt(small(**settings | each, name=f"alone{k}"), 0.0) for k, each in enumerate(own)]
+    sizes, real = [], cohort.train_together
+    monkeypatch.setattr(
+        cohort, "train_together", lambda rows, examples, members: sizes.append(len(members)) or real(rows, examples, members)
+    )
+    together = [small(**settings | each, name=f"together{k}").to_json() for k, each in enumerate(own)]
+    summaries = player.play(together)
+    assert sizes == [16, 12, 12]  # four clients a round each
+    for ours, theirs in zip(summaries, alone, strict=True):
+        assert ours["status"] == theirs["status"] == "finished"
+        assert all(ours[key] == theirs[key] for key in ("bytes_up", "bytes_down", "epsilon"))
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+
+def test_a_cell_in_step_that_fails_leaves_the_others_alone_and_ctrl_c_ends_them_all(small, player, monkeypatch) -> None:
+    good, bad = small(name="good"), small(name="bad", train__lr=1e30, train__steps=3)
+    assert [summary["status"] for summary in player.play([bad.to_json(), good.to_json()])] == ["failed", "finished"]
+    long = [small(name=f"long{k}", rounds=10_000).to_json() for k in range(3)]
+    monkeypatch.setattr(
+        terminal.Rounds, "finished", lambda self, row: row["round"] == 2 and os.kill(os.getpid(), signal.SIGUSR1)
+    )
+    ended = player.play(long)
+    assert [summary["status"] for summary in ended] == ["interrupted"] * 3
+    assert all(summary["rounds"] in (1, 2) for summary in ended)
+    assert player.play(long) == [cells.INTERRUPTED] * 3
+
+
+@pytest.fixture
+def player():
+    """A player in this process."""
+    before = signal.getsignal(signal.SIGUSR1)
+    yield cells.Player(sys.argv)
+    signal.signal(signal.SIGUSR1, before)
