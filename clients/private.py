@@ -72,13 +72,12 @@ class PrivateDescent:
         """Clips the records' gradients (records, P) and adds them up; with the last of a step, descends.
 
         A record whose gradient is not finite takes no part: Opacus would clip it to 0 · ∞ = NaN, and an update of NaN tells
-        that the record is there. `gradients` may be changed in place.
+        that the record is there.
         """
         norms = gradients.norm(dim=1)
         finite = torch.isfinite(norms)
-        if not finite.all():
-            gradients[~finite] = 0
-            norms = norms[finite]
+        if finite.is_cuda or not finite.all():  # to ask would be to wait for the GPU
+            gradients = torch.where(finite[:, None], gradients, 0)
         self.norms.append(norms)
         self.flat.grad_sample = gradients  # type: ignore[attr-defined]
         self.optimizer.param_groups[0]["lr"] = lr
@@ -96,6 +95,7 @@ class PrivateDescent:
         `sent` are the factors that the client began with, of which those that it trains have changed since.
         """
         norms = torch.cat(self.norms)
+        norms = norms[torch.isfinite(norms)]
         clipped = norms > self.optimizer.max_grad_norm
         shared = {"gradient_norm": _mean(norms), "clipped": _mean(clipped.float())}
         if self.noise is None:
