@@ -161,6 +161,7 @@ def test_a_record_whose_gradient_is_not_finite_takes_no_part_and_leaves_no_trace
     monkeypatch.setattr("clients.task.poisson", lambda indices, rate, steps, rng: iter([np.delete(indices, 3)]))
     without, _ = run(bench, mechanism, "B", indices, **expected)
     monkeypatch.setattr("clients.task.poisson", lambda indices, rate, steps, rng: iter([indices]))
-    monkeypatch.setitem(bench.__dict__, "train", dataclasses.replace(bench.train, pixels=pixels))
+    spoilt = dataclasses.replace(bench.train, pixels=pixels)
+    monkeypatch.setattr(type(bench), "train", property(lambda self: spoilt))
     broken, _ = run(bench, mechanism, "B", indices, **expected)
     np.testing.assert_allclose(flat(broken), flat(without), atol=1e-6)
