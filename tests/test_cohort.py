@@ -374,9 +374,10 @@ def test_every_strategy_ends_in_the_same_state(small, sizes, name, privacy) -> N
 
 @pytest.mark.parametrize(("quickest", "cores", "expected"), [(64, 2, [2, 2]), (3, 1, [3]), (1, 1, []), (64, 8, [])])
 def test_auto_takes_the_quickest_size_that_leaves_work_for_every_core(
-    small, sizes, monkeypatch, quickest, cores, expected
+    small, sizes, tmp_path, monkeypatch, quickest, cores, expected
 ) -> None:
-    monkeypatch.setattr("clients.cost.cohort_size", lambda bench, trains: quickest)
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("clients.cost.measure", lambda bench, trains: quickest)
     monkeypatch.setattr("os.cpu_count", lambda: cores)
     final(small(engine__cohort="auto", rounds=1))  # of four clients
     assert sizes == expected
