@@ -60,6 +60,8 @@ def stack(pairs: Sequence[Pair], weights: np.ndarray) -> Pair:
 def pad(pair: Pair, rank: int) -> Pair:
     """The same product at a higher rank: rows of zeros below A, columns of zeros beside B."""
     more = rank - pair.rank
+    if not more:
+        return pair
     return Pair(np.pad(pair.A, ((0, more), (0, 0))), np.pad(pair.B, ((0, 0), (0, more))))
 
 
