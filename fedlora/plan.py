@@ -223,7 +223,7 @@ def saved_bytes(bench: Workbench, strategy: LoRAStrategy, client: int) -> int:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    bench.model.peft.train()
+    bench.model.train_mode()
     with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         bench.model.forward(bench.train.batch(indices, bench.model.device))
     return sum(kept.values())

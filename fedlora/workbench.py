@@ -93,7 +93,7 @@ def _encoded(model: str, adapter: str, dataset: str, seed: int, device: str, lim
     base, adapted = _model(model, adapter, dataset, seed, device)
     if adapted.prefix is None:
         adapted.prefix = Prefix(adapted)
-    return adapted.prefix.kept(base.encode(getattr(_dataset(dataset, seed), part)), int(limit * 1e9 / 2))
+    return adapted.prefix.kept(base.encode(getattr(_dataset(dataset, seed), part)), limit * 1e9 / 2)
 
 
 def _resident(config: Config) -> tuple[str, str, str, int, str]:

@@ -1,6 +1,7 @@
 """Base models and the adapters in them, for the families that users bring: BERT, GPT-2, ViT; text and images."""
 
 import dataclasses
+import importlib
 import json
 
 import numpy as np
@@ -71,6 +72,7 @@ def adapted(path, dataset, seed=0, **settings) -> AdaptedModel:
 
 def test_models_are_found_by_themselves() -> None:
     assert {"hf", "vit_digits"} <= set(names())
+    assert all(callable(importlib.import_module(f"fedlora.models.{name}").load) for name in names())  # and nothing else is
     with pytest.raises(ConfigError, match=r"model.name=vit_digit is not known; did you mean vit_digits"):
         load(ModelConfig("vit_digit"), Dataset("image", [], None, None), 0)
 
@@ -166,6 +168,33 @@ def test_images_get_the_channels_that_the_model_reads(channels_in, channels_out)
     assert turned.shape == (5, 5, channels_out)
     expected = image[..., :3].mean(2) if channels_in > 1 and channels_out == 1 else image[..., 0]
     np.testing.assert_allclose(turned[..., 0], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("base", "adapter", "equal"), [(False, 0.0, True), (True, 0.0, False), (False, 0.5, False)])
+@pytest.mark.parametrize("settings", [{}, {"train_head": False}], ids=str)
+def test_which_dropout_acts_in_training(bert, reviews, base, adapter, equal, settings) -> None:
+    loaded = load(ModelConfig("hf", str(bert), dropout=base), reviews, 0)
+    assert loaded.model.config.hidden_dropout_prob == 0.1
+    model, batch = AdaptedModel(loaded, AdapterConfig(rank=2, dropout=adapter, **settings), CPU), loaded.encode(reviews.train)
+    model.write({name: pair._replace(B=pair.B + 1) for name, pair in model.initial("kaiming", 0).items()}, {})
+    model.trainable("AB")
+    modes = {}
+    for mode in (model.train_mode, lambda: model.train_mode(dropout=False), model.peft.eval):
+        mode()
+        one, other = (model.forward(batch.batch(np.arange(3), CPU)).logits for _ in range(2))
+        modes[mode] = torch.equal(one, other)
+    assert list(modes.values()) == [equal, True, True]
+
+
+@pytest.mark.parametrize("acts", ["base", "adapters"])
+def test_dropout_of_base_and_adapters_act_side_by_side(bert, reviews, acts) -> None:
+    loaded = load(ModelConfig("hf", str(bert), dropout=True), reviews, 0)
+    model = AdaptedModel(loaded, AdapterConfig(rank=2, dropout=0.5), CPU)
+    model.trainable("AB")
+    model.train_mode()
+    dropouts = {name: module for name, module in model.peft.named_modules() if isinstance(module, torch.nn.Dropout)}
+    chosen = [module for name, module in dropouts.items() if ("lora_dropout" in name) == (acts == "adapters")]
+    assert len(chosen) >= 4 and all(module.training and module.p in (0.1, 0.5) for module in chosen)
 
 
 @pytest.mark.parametrize(("settings", "words"), [

@@ -201,7 +201,7 @@ def target_modules(model: nn.Module, wanted: list[str]) -> list[str]:
             f"adapter.target_modules must be named for this model; its linear layers are {', '.join(sorted(endings))}"
         )
     for ending in wanted:
-        if not any(name == ending or name.endswith(f".{ending}") for name in linear):
+        if not any(_ends(name, ending) for name in linear):
             raise ConfigError(
                 f"adapter.target_modules={ending} matches no linear layer; {check.suggest(ending, endings)}"
                 + (f" (there are: {', '.join(sorted(endings))})" if len(endings) < 30 else "")
@@ -213,8 +213,9 @@ def block_numbers(model: nn.Module, targets: list[str], wanted: list[int]) -> li
     """The blocks to adapt, by their numbers from 0; None for all. Raises ConfigError for one that is not there."""
     if not wanted:
         return None
-    named = [name for name, module in model.named_modules() if _adaptable(module) and name.rpartition(".")[2] in targets]
-    count = 1 + max((int(match[1]) for name in named if (match := re.search(r"\.(\d+)\.", name))), default=-1)
+    linear = [name for name, module in model.named_modules() if _adaptable(module)]
+    found = [re.match(r".*\.[^.]*\.(\d+)\.", name) for name in linear if any(_ends(name, ending) for ending in targets)]
+    count = 1 + max((int(match[1]) for match in found if match), default=-1)  # numbered as PEFT does: the last in a name
     if wrong := [number for number in wanted if not -count <= number < count]:
         raise ConfigError(
             f"adapter.layers has {wrong[0]}, but this model has {count} blocks; use 0 to {count - 1}, or -1 for the last"
@@ -226,6 +227,10 @@ def _adaptable(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
+def _ends(name: str, ending: str) -> bool:
+    return name == ending or name.endswith(f".{ending}")
+
+
 def _head_modules(base: Base) -> list[str]:
     """What is not the pretrained body: the model's children beside it, and whatever inside it the checkpoint lacked."""
     body = str(getattr(base.model, "base_model_prefix", ""))
@@ -235,4 +240,4 @@ def _head_modules(base: Base) -> list[str]:
 
 
 def _numpy(parameter: Tensor) -> np.ndarray:
-    return np.array(parameter.detach().cpu().numpy(), dtype=np.float32)
+    return np.array(parameter.detach().float().cpu().numpy())

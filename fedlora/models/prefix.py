@@ -25,7 +25,7 @@ from fedlora.models.adapted import AdaptedModel
 from fedlora.models.encode import PREFIX, Encoded
 
 NEIGHBOURS = 64  # examples that are computed together
-TOLERANCE = 1e-3  # of the logits, beyond which a model does not take a prefix as it should
+TOLERANCE = 1e-3  # of the logits, beyond which a model does not take a prefix as it should; at least ten roundings
 
 
 class _Reached(Exception):
@@ -54,8 +54,7 @@ class Prefix:
 
         hook = self.blocks[self.first].register_forward_pre_hook(reach, with_kwargs=True)
         try:
-            with torch.no_grad():
-                self.model.peft(**{name: tensor for name, tensor in batch.items() if name != "labels"})
+            self.model.peft(**{name: tensor for name, tensor in batch.items() if name != "labels"})
         except _Reached:
             pass
         finally:
@@ -80,22 +79,36 @@ class Prefix:
             for block in below:
                 del block.forward
 
-    def kept(self, examples: Encoded, limit: int) -> Encoded:
+    def kept(self, examples: Encoded, limit: float) -> Encoded:
         """The same examples, whose batches bring their prefix, up to `limit` bytes of them.
 
-        Where there is nothing to keep, or where the model gives other logits with it, they come back as they are.
+        Where there is nothing to keep, or where the model does not work with it, they come back as they are.
         """
         if self.refusal or not limit or not len(examples):
             return examples
         kept = Kept(examples.labels, examples, self, limit)
-        chosen = np.arange(min(2, len(examples)))
+        self.refusal = self._try(examples, kept)
+        return examples if self.refusal else kept
+
+    def _try(self, examples: Encoded, kept: Encoded) -> str:
+        """What is against keeping; on batches of two and of three, since a batch unpacks as a tuple of its length does."""
         self.model.peft.eval()
-        with torch.no_grad():
-            usual, ours = (self.model.forward(e.batch(chosen, self.model.device)).logits for e in (examples, kept))
-        if not torch.allclose(usual, ours, rtol=TOLERANCE, atol=TOLERANCE * float(usual.abs().max())):
-            self.refusal = f"{type(self.blocks[0]).__name__} hands on more than its hidden states"
-            return examples
-        return kept
+        self.model.trainable("AB")
+        try:
+            if self.hidden(examples.batch(np.zeros(1, np.int64), self.model.device)).requires_grad:
+                return "something that is trained lies below the first adapter"
+            with torch.no_grad():
+                same = all(self._agree(examples, kept, np.arange(count) % len(examples)) for count in (2, 3))
+        except Exception:  # whatever the blocks above make of inputs that they do not expect
+            same = False
+        finally:
+            self.model.freeze()
+        return "" if same else f"{type(self.blocks[0]).__name__} hands on more than its hidden states"
+
+    def _agree(self, examples: Encoded, kept: Encoded, indices: np.ndarray) -> bool:
+        usual, ours = (self.model.forward(e.batch(indices, self.model.device)).logits for e in (examples, kept))
+        tolerance = max(TOLERANCE, 10 * torch.finfo(next(self.blocks.parameters()).dtype).eps)
+        return torch.allclose(usual, ours, rtol=tolerance, atol=tolerance * float(usual.abs().max()))
 
 
 @dataclass(frozen=True)
@@ -104,7 +117,7 @@ class Kept(Encoded):
 
     examples: Encoded
     prefix: Prefix
-    limit: int  # bytes
+    limit: float  # bytes
 
     def batch(self, indices: np.ndarray, device: torch.device) -> dict[str, Tensor]:
         """As that of the examples, with their hidden states (n, T, H) before the first adapted block."""
@@ -129,16 +142,16 @@ class Kept(Encoded):
         row = self._rows(np.arange(1), self.prefix.model.device)[0]
         lengths = self.examples.lengths()
         positions = np.full(len(self.examples), len(row)) if lengths is None else lengths
-        sizes = np.cumsum(positions) * row.shape[1] * row.element_size()
-        return int(np.searchsorted(sizes, self.limit, side="right")) // NEIGHBOURS * NEIGHBOURS if sizes[-1] > self.limit else (
-            len(self.examples)
-        )  # fmt: skip
+        sizes = np.cumsum(positions) * row[0].nbytes
+        whole = int(np.searchsorted(sizes, self.limit, side="right"))
+        return whole if whole == len(self.examples) else whole // NEIGHBOURS * NEIGHBOURS
 
     def _compute(self, chunk: int, device: torch.device) -> list[Tensor]:
         return self._rows(np.arange(chunk * NEIGHBOURS, min((chunk + 1) * NEIGHBOURS, len(self.examples))), device)
 
     def _rows(self, indices: np.ndarray, device: torch.device) -> list[Tensor]:
-        hidden = self.prefix.hidden(self.examples.batch(indices, device))
+        with torch.no_grad():
+            hidden = self.prefix.hidden(self.examples.batch(indices, device))
         lengths = self.examples.lengths()
         if lengths is None:
             return list(hidden)
