@@ -231,7 +231,8 @@ class RayEngine:
         drive(self.grid)
 
     def close(self) -> None:
-        """The pool stays for the next experiment of this process and ends with it."""
+        """The pool stays for the next experiment of this process and ends with it; a Ray that is starting has started then."""
+        self.starting.exception()  # a quick run may be over before; another engine must not start a second one beside it
 
 
 def start_ray(workers: int) -> None:
