@@ -62,10 +62,15 @@ def run_name(config: Config) -> str:
     """A folder name made from the settings that can change a number, so that equal names mean equal numbers."""
     parts = [str(config.strategy["name"])]
     for key, value in changed(config).items():
-        if not key.startswith(_NOT_IDENTITY):
+        if identifies(key):
             text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
             parts.append(f"{key.removesuffix('.name')}={text}")
     return folder_name(",".join(parts))
+
+
+def identifies(setting: str) -> bool:
+    """Whether a setting can change a number, so that it belongs to what a run is."""
+    return not setting.startswith(_NOT_IDENTITY)
 
 
 def folder_name(text: str) -> str:
@@ -178,7 +183,7 @@ class Recorder:
         except (ConfigError, TypeError):
             return "it was made by another version of fedlora"
         new = flat(self.config)
-        keys = [key for key in sorted(old | new) if not key.startswith(_NOT_IDENTITY) and old.get(key) != new.get(key)]
+        keys = [key for key in sorted(old | new) if identifies(key) and old.get(key) != new.get(key)]
         return ", ".join(f"{key} {old.get(key)} → {new.get(key)}" for key in keys[:4]) + (", …" if len(keys) > 4 else "")
 
 

@@ -33,20 +33,35 @@ def place(cells: list[Config], overrides: list[str]) -> list[Config]:
 def over_seeds(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """A row for each setting of everything but the seed: mean and half-width of the 95 % interval over its seeds.
 
-    The interval is Student's, mean ± t(0.975, n − 1) · s / √n; with one seed it is not known and left empty. Runs that did
-    not finish count in `failed` and in nothing else.
+    `run` names what tells a setting from the others. The interval is Student's, mean ± t(0.975, n − 1) · s / √n; with one
+    seed it is not known and left empty. Runs that did not finish count in `failed` and in nothing else.
     """
+    settings = [replace(config, seed=0) for config, _ in cells]
     groups: dict[str, list[Cell]] = {}
-    for config, summary in cells:
-        groups.setdefault(records.run_name(replace(config, seed=0)), []).append((config, summary))
+    for config, cell in zip(settings, cells, strict=True):
+        groups.setdefault(records.run_name(config), []).append(cell)
+    labels = dict(zip(map(records.run_name, settings), labelled(settings), strict=True))
     rows = []
     for name, group in groups.items():
         finished = [summary for _, summary in group if summary["status"] == "finished"]
-        row: dict[str, Any] = {"run": name, "seeds": len(finished), "failed": len(group) - len(finished)}
+        row: dict[str, Any] = {"run": labels[name], "seeds": len(finished), "failed": len(group) - len(finished)}
         for column in COLUMNS if finished else ():
             row[column], row[f"{column}_ci95"] = interval([float(summary[column]) for summary in finished])
         rows.append(row)
     return rows
+
+
+def labelled(settings: Sequence[Config]) -> list[str]:
+    """A name for each of these: the strategy, and what is not at its default in some of them only."""
+    parts = []
+    for config in settings:
+        changed = {name: value for name, value in records.changed(config).items() if records.identifies(name)}
+        parts.append([f"{name.removesuffix('.name')}={value}" for name, value in changed.items()])
+    shared = set.intersection(*map(set, parts))
+    return [
+        ",".join([str(config.strategy["name"]), *(part for part in own if part not in shared)])
+        for config, own in zip(settings, parts, strict=True)
+    ]
 
 
 def frontier(cells: Sequence[Cell]) -> dict[str, list[dict[str, Any]]]:
@@ -57,10 +72,10 @@ def frontier(cells: Sequence[Cell]) -> dict[str, list[dict[str, Any]]]:
     if len({config.privacy.epsilon for config, _ in cells}) < 2:
         return {}
     curves: dict[str, dict[float, list[Cell]]] = {}
-    for config, summary in cells:
-        if config.privacy.epsilon is not None:
-            rest = replace(config, seed=0, privacy=replace(config.privacy, epsilon=None))
-            curves.setdefault(records.run_name(rest), {}).setdefault(config.privacy.epsilon, []).append((config, summary))
+    budgets = [(config.privacy.epsilon, (config, summary)) for config, summary in cells if config.privacy.epsilon is not None]
+    rest = [replace(config, seed=0, privacy=replace(config.privacy, epsilon=None)) for _, (config, _) in budgets]
+    for name, (epsilon, cell) in zip(labelled(rest), budgets, strict=True):
+        curves.setdefault(name, {}).setdefault(epsilon, []).append(cell)
     rows = {
         name: [row | {"epsilon": epsilon} for epsilon in sorted(curve) for row in over_seeds(curve[epsilon])]
         for name, curve in curves.items()
