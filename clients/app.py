@@ -106,7 +106,7 @@ def _job(message: Message) -> tuple[ConfigRecord, Workbench]:
     from fedlora import workbench
 
     job: ConfigRecord = message.content.config_records[messages.CONFIG]
-    return job, workbench.build(workbench.experiment(str(job[messages.EXPERIMENT])))
+    return job, workbench.build_from(str(job[messages.EXPERIMENT]))
 
 
 def _task(message: Message, context: Context) -> Task:

@@ -55,20 +55,15 @@ class Workbench:
         return partition.holdout(self.shards[client], self.config.evaluate.holdout, self.config.seed, client)
 
 
-@lru_cache(maxsize=64)  # cells in step take turns
-def experiment(text: str) -> Config:
-    """The configuration that a message carries, checked again where it arrives."""
-    return Config.from_json(text)
-
-
 def build(config: Config) -> Workbench:
     """The workbench of an experiment; a second call with the same settings gives the resident one."""
-    return _build(config.to_json())
+    return build_from(config.to_json())
 
 
-@lru_cache(maxsize=64)
-def _build(text: str) -> Workbench:
-    config = experiment(text)
+@lru_cache(maxsize=64)  # cells in step take turns
+def build_from(text: str) -> Workbench:
+    """The same for the configuration that a message carries, checked again where it arrives."""
+    config = Config.from_json(text)
     torch.set_num_threads(config.threads)
     threadpool_limits(config.threads, "blas")  # the server's sums too, which a machine's cores would order otherwise
     dataset = _dataset(_json(config.dataset), config.seed)

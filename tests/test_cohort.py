@@ -389,10 +389,10 @@ def test_auto_takes_the_quickest_size_that_leaves_work_for_every_core(
 @pytest.fixture
 def fresh():
     """A resident model that the test may spoil."""
-    workbench._build.cache_clear()
+    workbench.build_from.cache_clear()
     workbench._model.cache_clear()
     yield
-    workbench._build.cache_clear()
+    workbench.build_from.cache_clear()
     workbench._model.cache_clear()
 
 

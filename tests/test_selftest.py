@@ -24,10 +24,10 @@ FINE = ["support", "per-example gradients", "shared passes", "independence", "cl
 @pytest.fixture
 def bench(small):
     """A workbench with a model of its own, that a test may spoil."""
-    workbench._build.cache_clear()
+    workbench.build_from.cache_clear()
     workbench._model.cache_clear()
     yield workbench.build(small(adapter__train_head=True))
-    workbench._build.cache_clear()
+    workbench.build_from.cache_clear()
     workbench._model.cache_clear()
 
 

@@ -37,7 +37,7 @@ class Worker:
         """Build the workbench before the first client asks for it; returns the process id."""
         from fedlora import workbench
 
-        bench = workbench.build(workbench.experiment(experiment))
+        bench = workbench.build_from(experiment)
         assert bench.rows is not None  # encodes the examples and tries them
         return os.getpid()
 
