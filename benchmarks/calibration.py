@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -22,6 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 
+from benchmarks import sides
 from fedlora.participation import draw_cohort, schedule
 
 ROUNDS = 30
@@ -34,7 +34,7 @@ def main() -> None:
     for name, default in {"clients": 50, "repeats": 5}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     arguments = parser.parse_args()
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {arguments.clients} clients, {arguments.repeats} repetitions")
+    sides.heading(f"{arguments.clients} clients, {ROUNDS} rounds", arguments.repeats, "dp-accounting", "opacus")
     for epsilon in (3.0, 20.0):
         taken: dict[str, list[Seconds]] = {
             "first calibration": [],
@@ -51,8 +51,7 @@ def main() -> None:
                 seconds.append(row)
         for name, seconds in taken.items():
             for unit, times in zip(("wall", "CPU"), zip(*seconds, strict=True), strict=True):
-                spread = f"({min(times):.4f} to {max(times):.4f})"
-                print(f"ε = {epsilon:<4g} {name:20}{unit:5}{statistics.median(times):9.4f} s  {spread}")
+                print(f"ε = {epsilon:<4g} {name:20}{unit:5}{sides.spread(list(times), 4)} s")
 
 
 def in_new_process(epsilon: float, clients: int, cache: str) -> tuple[Seconds, list[Seconds]]:

@@ -5,22 +5,21 @@
 Each repetition runs `python run.py` once per engine, one after the other, in processes of their own and on the same number
 of workers. Three spans are taken from the run's own records: start to the end of round 1 (engines differ in when a worker
 builds its model, and by then all have), training in the later rounds (sum of `seconds_train`), and the whole run. The two
-must end with the same accuracy and loss to the last bit, or the comparison is void and this exits with status 1.
+must end with the same accuracy and loss to the last bit, or the comparison is void and this exits with status 1. Clients are
+played one by one on both (`engine.cohort=1`), so this is the engines alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from benchmarks import sides
+
 ENGINES = ("ray", "flower")
 
 
@@ -28,13 +27,14 @@ def measure(engine: str, folder: Path, overrides: list[str]) -> dict[str, float]
     """Seconds of the three spans of one run, and its accuracy and loss."""
     command = [
         sys.executable,
-        str(ROOT / "run.py"),
+        str(sides.ROOT / "run.py"),
         f"engine={engine}",
         f"results={folder}",
         f"name={engine}",
         "overwrite=true",
+        "engine.cohort=1",  # Flower plays client by client, and cohorts round otherwise
     ]
-    subprocess.run([*command, *overrides], check=True, capture_output=True, cwd=ROOT)
+    subprocess.run([*command, *overrides], check=True, capture_output=True, cwd=sides.ROOT)
     summary = json.loads((folder / engine / "summary.json").read_text())
     rows = [json.loads(line) for line in (folder / engine / "rounds.jsonl").read_text().splitlines()]
     return {
@@ -59,15 +59,9 @@ def main() -> int:
                 runs[engine].append(measure(engine, Path(folder), arguments.overrides))
     ends = {(run["accuracy"], run["loss"]) for engine in ENGINES for run in runs[engine]}
     job = " ".join(arguments.overrides) or "main job"
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {arguments.repeats} repetitions, {job}")
-    print(f"{'':25}{'ray':>10}{'flower':>10}   ratio (range)")
+    sides.heading(job, arguments.repeats, "flwr", "ray")
     for span in ("start to end of round 1", "training, later rounds", "whole run"):
-        ray, flower = ([run[span] for run in runs[engine]] for engine in ENGINES)
-        ratios = [f / r for f, r in zip(flower, ray, strict=True)]
-        print(
-            f"{span:25}{statistics.median(ray):8.1f} s{statistics.median(flower):8.1f} s   "
-            f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        )
+        sides.table({engine: [run[span] for run in taken] for engine, taken in runs.items()}, f"s, {span}", places=1)
     print(f"the same accuracy and loss in all runs: {'yes' if len(ends) == 1 else 'NO'}")
     return 0 if len(ends) == 1 else 1
 

@@ -9,13 +9,11 @@ C = 1 on the private side), in turn in every repetition. Setting up a client (op
 from __future__ import annotations
 
 import argparse
-import os
-import platform
-import statistics
-import time
+from collections.abc import Callable
 
 import numpy as np
 
+from benchmarks import sides
 from clients.private import Mechanism
 from clients.train import train
 from fedlora import workbench
@@ -33,19 +31,17 @@ def main() -> None:
     settings = TrainConfig(steps=arguments.steps, batch_size=arguments.batch, sampling="poisson", lr=0.1)
     start = bench.model.initial("kaiming", 0)
 
-    def seconds(mechanism: Mechanism | None) -> float:
-        bench.model.write(start, {})
-        began = time.perf_counter()
-        train(bench.model, bench.train, np.asarray(indices), settings, "B", (1, 1), (0, 0, 1), mechanism)
-        return (time.perf_counter() - began) / arguments.steps
+    def step(mechanism: Mechanism | None) -> Callable[[], object]:
+        def run() -> None:
+            bench.model.write(start, {})
+            train(bench.model, bench.train, np.asarray(indices), settings, "B", (1, 1), (0, 0, 1), mechanism)
 
-    seconds(None), seconds(Mechanism(1.0, 1.0))  # the first pass of each warms caches
-    pairs = [(seconds(None), seconds(Mechanism(1.0, 1.0))) for _ in range(arguments.repeats)]
-    ratios = [private / plain for plain, private in pairs]
-    print(f"{platform.machine()}, {os.cpu_count()} cores, batch {arguments.batch}, {arguments.repeats} repetitions")
-    for side, name in enumerate(("plain", "private")):
-        print(f"{name:8}{1000 * statistics.median(pair[side] for pair in pairs):8.2f} ms a step")
-    print(f"ratio   {statistics.median(ratios):8.2f}      ({min(ratios):.2f} to {max(ratios):.2f})")
+        run()  # the first pass warms caches
+        return run
+
+    sides.heading(f"one client, batch {arguments.batch}", arguments.repeats, "opacus")
+    pair = {"plain": sides.seconds(step(None)), "private": sides.seconds(step(Mechanism(1.0, 1.0)))}
+    sides.table(sides.in_turn(pair, arguments.repeats), "ms a step", 1000 / arguments.steps)
 
 
 if __name__ == "__main__":

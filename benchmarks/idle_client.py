@@ -1,0 +1,23 @@
+"""A client that does nothing: it reads the arrays of the broadcast and sends them back, as numpy arrays both times."""
+
+from __future__ import annotations
+
+from flwr.app import Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from clients.app import query
+from fedlora import messages
+from fedlora.lowrank import Pair
+
+app = ClientApp()
+app.query()(query)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """The state as it came."""
+    factors, dense = messages.unpack(message.content.array_records[messages.ARRAYS])
+    sent = messages.pack({layer: Pair(**both) for layer, both in factors.items()}, dense)
+    client = int(context.node_config["partition-id"])
+    metrics = MetricRecord({messages.CLIENT: client, messages.EXAMPLES: 20, "loss": 0.0})
+    return Message(RecordDict({messages.ARRAYS: sent, messages.METRICS: metrics}), reply_to=message)
