@@ -32,7 +32,7 @@ logging.getLogger("opacus").setLevel(logging.ERROR)
 def train(message: Message, context: Context, epsilon: bool = False) -> Message:
     """A client that builds everything anew."""
     job: Any = message.content.config_records[messages.CONFIG]
-    bench = workbench.build(workbench.experiment(job[messages.EXPERIMENT]))
+    bench = workbench.build_from(job[messages.EXPERIMENT])
     config, client = bench.config, int(context.node_config["partition-id"])
 
     model = AdaptedModel(models.load(config.model, bench.dataset, config.seed), config.adapter, bench.model.device)
