@@ -188,7 +188,7 @@ class RayGrid(LocalGrid):
                     replies = ray.get(done[0])
                     pool.idle.append(worker)
                     yield from replies
-                except ray.exceptions.RayActorError:
+                except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError):
                     pool.idle.append(pool.replace(worker))
                     self.restarts += 1
                     if retries:
