@@ -34,10 +34,7 @@ class CohortApp(ClientApp):
         from clients.cost import cohort_size, group
 
         job, bench = _job(batch[0][0])
-        if bench.rows.refusal:
-            size = 1
-        elif size is None:
-            size = cohort_size(bench, str(job[messages.TRAINS]), len(batch))
+        size = cohort_size(bench, str(job[messages.TRAINS]), len(batch), size)
         return group([_task(message, context) for message, context in batch], size)
 
     def together(self, batch: Sequence[tuple[Message, Context]]) -> list[Message]:
@@ -111,12 +108,13 @@ def _job(message: Message) -> tuple[ConfigRecord, Workbench]:
 
 def _task(message: Message, context: Context) -> Task:
     """What this client has to do: with record-level privacy σ comes with the message, the rest is a setting."""
-    from clients.private import Mechanism
     from clients.task import Task
 
     (job, bench), client = _job(message), _client(context)
     config, round, mechanism = bench.config, int(job[messages.ROUND]), None  # type: ignore[arg-type]
     if config.privacy.name == "record":
+        from clients.private import Mechanism  # Opacus takes a second to load
+
         mechanism = Mechanism(job[messages.NOISE][client], config.privacy.clip)  # type: ignore[index, arg-type]
     indices, _ = bench.examples_of(client)
     progress, streams = (round, config.rounds), (config.seed, client, round)

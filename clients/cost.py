@@ -31,14 +31,16 @@ PATIENCE = 5.0  # seconds of measuring after which no larger size is tried
 COPIES = 2**28  # entries that all examples' copies of their factors may have in a pass: 1 GiB, and as much of gradients
 
 
-def cohort_size(bench: Workbench, trains: str, clients: int) -> int:
-    """How many of a round's `clients` had best share a pass here; 1 where the model refuses it (`Rows.refusal`).
+def cohort_size(bench: Workbench, trains: str, clients: int, wanted: int | None = None) -> int:
+    """How many of a round's `clients` share a pass: as many as are `wanted`, or else as many as is best here.
 
-    At most so many that there is a cohort for each core. So it depends on the clients and on the machine, and not on how
-    many workers there are.
+    1 where the model refuses it (`Rows.refusal`). The best are at most so many that there is a cohort for each core. So it
+    depends on the clients and on the machine, and not on how many workers there are.
     """
     if bench.rows.refusal:
         return 1
+    if wanted is not None:
+        return wanted
     key = _key(bench, trains)
     if key not in (kept := cache.read("cohort")):
         kept = {key: float(measure(bench, trains))}

@@ -159,9 +159,9 @@ def _seconds(bench: Workbench, strategy: LoRAStrategy, state: ServerState) -> tu
     Measured once for runs that are alike in this.
     """
     config = bench.config
-    size = cost.cohort_size(bench, strategy.trains, config.cohort_size) if config.engine.cohort == "auto" else (
-        min(int(config.engine.cohort), config.cohort_size) if config.engine.name != "flower" else 1
-    )  # fmt: skip
+    size, clients = 1, config.cohort_size
+    if config.engine.name != "flower":
+        size = min(clients, cost.cohort_size(bench, strategy.trains, clients, engines.cohort(config)))
     groups = [asdict(group) for group in (config.model, config.dataset, config.adapter, config.train, config.evaluate)]
     private = config.privacy.name == "record"
     key = json.dumps([groups, config.device, config.threads, strategy.trains, private, size])

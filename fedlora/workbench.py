@@ -9,6 +9,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,20 +36,20 @@ class Workbench:
     model: AdaptedModel
     shards: list[np.ndarray]  # client → indices into dataset.train, held-out examples included
 
-    @property
+    @cached_property
     def train(self) -> Encoded:
         """The training examples of all clients, encoded."""
-        return _encoded(*_resident(self.config), self.config.engine.prefix_cache, "train")
+        return _encoded(_resident(self.config), self.config.engine.prefix_cache, "train")
 
-    @property
+    @cached_property
     def test(self) -> Encoded:
         """The central test examples, encoded."""
-        return _encoded(*_resident(self.config), self.config.engine.prefix_cache, "test")
+        return _encoded(_resident(self.config), self.config.engine.prefix_cache, "test")
 
     @cached_property
     def rows(self) -> Rows:
         """The model with factors by example."""
-        return Rows(self.model, self.train)
+        return _rows(_resident(self.config), self.config.engine.prefix_cache)
 
     def examples_of(self, client: int) -> tuple[np.ndarray, np.ndarray]:
         """The indices that a client trains on and those that it holds back."""
@@ -64,11 +65,10 @@ def build(config: Config) -> Workbench:
 def build_from(text: str) -> Workbench:
     """The same for the configuration that a message carries, checked again where it arrives."""
     config = Config.from_json(text)
-    torch.set_num_threads(config.threads)
-    threadpool_limits(config.threads, "blas")  # the server's sums too, which a machine's cores would order otherwise
-    dataset = _dataset(_json(config.dataset), config.seed)
+    resident = _resident(config)
+    dataset = _dataset(resident.dataset, resident.seed)
     shards = partition.split(config.partition, dataset.train, config.clients, config.seed)
-    return Workbench(config, dataset, _model(*_resident(config))[1], shards)
+    return Workbench(config, dataset, _model(resident)[1], shards)
 
 
 @lru_cache(maxsize=1)
@@ -76,24 +76,46 @@ def _dataset(text: str, seed: int) -> Dataset:
     return data.load(settings.DatasetConfig(**json.loads(text)), seed)
 
 
+class Resident(NamedTuple):
+    """What the base model, the examples as it takes them, and the order of their sums depend on."""
+
+    model: str
+    adapter: str
+    dataset: str
+    seed: int
+    device: str
+    threads: int
+
+
+def _resident(config: Config) -> Resident:
+    parts = _json(config.model), _json(config.adapter), _json(config.dataset)
+    return Resident(*parts, config.seed, config.device, config.threads)
+
+
 @lru_cache(maxsize=1)
-def _model(model: str, adapter: str, dataset: str, seed: int, device: str) -> tuple[Base, AdaptedModel]:
-    base = models.load(settings.ModelConfig(**json.loads(model)), _dataset(dataset, seed), seed)
-    return base, AdaptedModel(base, settings.AdapterConfig(**json.loads(adapter)), torch_device(device))
+def _model(resident: Resident) -> tuple[Base, AdaptedModel]:
+    """The one base model of this process. Another one takes its place, and whatever refers to the old one is let go."""
+    for dependent in (build_from, _encoded, _rows):
+        dependent.cache_clear()
+    torch.set_num_threads(resident.threads)
+    threadpool_limits(resident.threads, "blas")  # the server's sums too, which a machine's cores would order otherwise
+    dataset = _dataset(resident.dataset, resident.seed)
+    base = models.load(settings.ModelConfig(**json.loads(resident.model)), dataset, resident.seed)
+    return base, AdaptedModel(base, settings.AdapterConfig(**json.loads(resident.adapter)), torch_device(resident.device))
 
 
 @lru_cache(maxsize=2)
-def _encoded(model: str, adapter: str, dataset: str, seed: int, device: str, limit: float, part: str) -> Encoded:
+def _encoded(resident: Resident, limit: float, part: str) -> Encoded:
     """The examples of a part, with what is the same in every step of it: in half of the `limit` (GB) for both parts."""
-    base, adapted = _model(model, adapter, dataset, seed, device)
-    if adapted.prefix is None:
-        adapted.prefix = Prefix(adapted)
-    return adapted.prefix.kept(base.encode(getattr(_dataset(dataset, seed), part)), limit * 1e9 / 2)
+    base, model = _model(resident)
+    if model.prefix is None:
+        model.prefix = Prefix(model)
+    return model.prefix.kept(base.encode(getattr(_dataset(resident.dataset, resident.seed), part)), limit * 1e9 / 2)
 
 
-def _resident(config: Config) -> tuple[str, str, str, int, str]:
-    """What the base model, and the examples as it takes them, depend on."""
-    return _json(config.model), _json(config.adapter), _json(config.dataset), config.seed, config.device
+@lru_cache(maxsize=1)
+def _rows(resident: Resident, limit: float) -> Rows:
+    return Rows(_model(resident)[1], _encoded(resident, limit, "train"))
 
 
 def torch_device(device: str) -> torch.device:
