@@ -25,6 +25,7 @@ EXAMPLES, CLIENT = "num-examples", "client"  # keys of the metrics
 ROUND, TRAINS, EXPERIMENT = "server-round", "trains", "experiment"  # keys of the config
 NOISE = "noise-multipliers"  # key of the config, with record-level privacy: σ of every client, by its number
 
+Named = dict[tuple[str, str], np.ndarray]  # (layer, "A" or "B"), or (name, "") for a dense array
 Factors = dict[str, dict[str, np.ndarray]]  # layer name → {"A": …, "B": …}, either of which may be absent
 
 
@@ -73,6 +74,21 @@ def unpack(record: ArrayRecord) -> tuple[Factors, dict[str, np.ndarray]]:
         else:
             dense[name] = _from_wire(array)
     return factors, dense
+
+
+def trained_arrays(adapters: Adapters, dense: Mapping[str, np.ndarray], trains: str) -> Named:
+    """What a client sends, float64: the trained factors of every layer and the dense arrays."""
+    named = {(layer, f): getattr(pair, f) for layer, pair in adapters.items() for f in trains}
+    return {key: array.astype(np.float64) for key, array in (named | {(n, ""): a for n, a in dense.items()}).items()}
+
+
+def update_of(state: ServerState, arrays: Named, examples: int) -> Update:
+    """The arrays as one update of no client's own, in the dtypes of the state; a factor that is absent is the broadcast one."""
+    adapters = {
+        layer: Pair(*(arrays[layer, f].astype(own.dtype) if (layer, f) in arrays else own for f, own in pair._asdict().items()))
+        for layer, pair in state.adapters.items()
+    }
+    return Update(-1, examples, adapters, {name: arrays[name, ""].astype(own.dtype) for name, own in state.dense.items()})
 
 
 def complete(factors: Factors, known: Adapters) -> Adapters:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -77,19 +77,12 @@ def announce(config: Config, derived: list[tuple[str, str, str]]) -> None:
         say(f"  {name}: {value}  ({reason})")
 
 
-class Rounds:
-    """Shows the rounds of one run; use as a context manager."""
+class Bar:
+    """A bar where there is a terminal to show it on; use as a context manager."""
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self.cohort = config.cohort_size
-        self.sent, self.accuracy = 0, ""
-        self.bar: Progress | None = None
-        if console.is_terminal:
-            self.bar = _bar("round {task.fields[round]}", "{task.fields[text]}")
-            self.task = self.bar.add_task("", total=config.rounds * self.cohort, round="0", text="starting")
+    bar: Progress | None = None
 
-    def __enter__(self) -> Rounds:
+    def __enter__(self) -> Self:
         if self.bar:
             self.bar.start()
         return self
@@ -97,6 +90,18 @@ class Rounds:
     def __exit__(self, *_: object) -> None:
         if self.bar:
             self.bar.stop()
+
+
+class Rounds(Bar):
+    """Shows the rounds of one run."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.cohort = config.cohort_size
+        self.sent, self.accuracy = 0, ""
+        if console.is_terminal:
+            self.bar = _bar("round {task.fields[round]}", "{task.fields[text]}")
+            self.task = self.bar.add_task("", total=config.rounds * self.cohort, round="0", text="starting")
 
     def replied(self, running: RoundReport | None, count: int) -> None:
         """`count` clients have replied to what was sent last; the roll call comes before any round runs."""
@@ -124,24 +129,14 @@ class Rounds:
             say(f"  client {client} takes part no more from round {row['round']} on: it {reason}")
 
 
-class Cells:
-    """One bar for cells that run side by side, whose own rounds are in their folders only; use as a context manager."""
+class Cells(Bar):
+    """One bar for cells that run side by side, whose own rounds are in their folders only."""
 
     def __init__(self, recorders: dict[int, records.Recorder]) -> None:
         self.recorders = recorders
-        self.bar: Progress | None = None
         if console.is_terminal:
             self.bar = _bar("{task.fields[text]}", "rounds")
             self.task = self.bar.add_task("", total=sum(each.config.rounds for each in recorders.values()), text="starting")
-
-    def __enter__(self) -> Cells:
-        if self.bar:
-            self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar:
-            self.bar.stop()
 
     def update(self, ended: Collection[int], running: Collection[int]) -> None:
         """The cells with these numbers have ended, those run; the rounds of the latter are counted in their folders."""

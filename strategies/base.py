@@ -212,7 +212,7 @@ class LoRAStrategy(FlowerFedAvg):
         assert self.state is not None and self.report is not None
         sent = [m.metadata for m in self._sent]
         by_message = {m.message_id: self._clients[m.dst_node_id] for m in sent if m.message_id}  # some grids set no ids
-        total = Sum() if self.linear and self.release is None and len(self.report.cohort) >= MANY else None
+        total = Sum(self.trains) if self.linear and self.release is None and len(self.report.cohort) >= MANY else None
         updates: dict[int, Update] = {}
         for reply in replies:
             about = reply.metadata  # where a node was killed the SuperLink answers for it, so the source is the last resort

@@ -45,34 +45,25 @@ class Sum:
     Two float64 a coordinate (Knuth's two-sum) carry what a float64 alone would round away, in an order that clients decide.
     """
 
-    def __init__(self) -> None:
-        self.examples = 0
-        self._high: dict[tuple[str, str], np.ndarray] = {}
-        self._low: dict[tuple[str, str], np.ndarray] = {}
+    def __init__(self, trains: str) -> None:
+        self.trains, self.examples = trains, 0
+        self._high: messages.Named = {}
+        self._low: messages.Named = {}
 
     def add(self, update: Update) -> None:
         """Add an update; all must have the same arrays."""
         self.examples += update.examples
-        for key, array in _arrays(update).items():
-            x, high = update.examples * array.astype(np.float64), self._high.get(key, 0.0)
+        for key, array in messages.trained_arrays(update.adapters, update.dense, self.trains).items():
+            x, high = update.examples * array, self._high.get(key, 0.0)
             total = high + x
             part = total - high
             self._low[key] = self._low.get(key, 0.0) + ((high - (total - part)) + (x - part))
             self._high[key] = total
 
-    def mean(self, like: ServerState) -> Update:
+    def mean(self, state: ServerState) -> Update:
         """The average, weighted by examples, as one update in the dtypes of the state."""
         means = {key: (high + self._low[key]) / self.examples for key, high in self._high.items()}
-        adapters = {
-            layer: Pair(*(means[layer, f].astype(own.dtype) for f, own in pair._asdict().items()))
-            for layer, pair in like.adapters.items()
-        }
-        return Update(-1, self.examples, adapters, {n: means[n, ""].astype(own.dtype) for n, own in like.dense.items()})
-
-
-def _arrays(update: Update) -> dict[tuple[str, str], np.ndarray]:
-    factors = {(layer, f): array for layer, pair in update.adapters.items() for f, array in pair._asdict().items()}
-    return factors | {(name, ""): array for name, array in update.dense.items()}
+        return messages.update_of(state, means, self.examples)
 
 
 def average_dense(updates: list[Update]) -> dict[str, np.ndarray]:

@@ -20,6 +20,17 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture
+def one_thread():
+    """As in every worker: in models as small as these, threads that wait for each other cost twenty times the work."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def small(tmp_path):
     """A maker of small experiments on the embedded data, in a results folder of the test's own."""
 

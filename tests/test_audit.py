@@ -17,13 +17,7 @@ from fedlora.privacy.audit import Settings, audit, lower_bound, main, p_value, p
 ALONE = Settings(clients=300, canaries=300, sample_rate=0.1, steps=8)  # a canary a client: four batches of five are empty
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As the command does: on a busy machine, threads that wait for each other cost twenty times the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- faults to plant

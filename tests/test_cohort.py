@@ -30,14 +30,7 @@ PRIVATE = Mechanism(0.7, 0.3)
 SHARDS = [9, 2, 1, 14, 6]  # examples of the clients; a batch is four
 STEPS = TrainConfig(steps=3, batch_size=4, lr=0.3)
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in every worker; more of them only get in each other's way in models as small as these."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -18,13 +18,13 @@ from tests.test_cohort import (  # noqa: F401 (fixtures)
     gpt2,
     llama,
     members,
-    one_thread,
     together,
     vit,
 )
 from tests.test_models import CPU
 from tests.test_prefix import data, families, family, kept, make  # noqa: F401 (fixtures)
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BF16 = {"dtype": "bfloat16"}
 ROUNDING = 2**-8  # of one bfloat16 number, relative
 EVERY = np.arange(12)

@@ -31,13 +31,13 @@ from tests.test_cohort import (  # noqa: F401 (fixtures)
     gpt2,
     llama,
     members,
-    one_thread,
     sharpen,
     together,
     vit,
 )
 from tests.test_models import CPU, VOCABULARY
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BLOCKS, COUNT = 4, NEIGHBOURS + 12  # a whole neighbourhood, and a part of one
 ROOMY = 1e9
 families = pytest.mark.parametrize("family", ["bert", "vit", "gpt2", "llama"])

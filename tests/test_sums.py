@@ -27,7 +27,7 @@ def test_a_sum_has_the_same_bits_in_any_order_and_those_of_the_mean() -> None:
     ]  # fmt: skip
     found, naive = set(), set()
     for seed in range(20):
-        total, order = Sum(), np.random.default_rng(seed).permutation(len(sent))
+        total, order = Sum("B"), np.random.default_rng(seed).permutation(len(sent))
         for k in order:
             total.add(sent[k])
         mean = total.mean(state)

@@ -59,7 +59,6 @@ class Pool:
         self.actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(Worker)
         self.idle = deque(self.actor.remote(app) for _ in range(workers))
         self.warming: dict[Any, Any] = {}  # reference to the end of it → worker
-        self.size = workers
 
     def warm(self, experiment: str) -> None:
         """Let every worker build what the experiment needs; `admit` says when."""

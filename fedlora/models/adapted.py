@@ -73,14 +73,15 @@ class AdaptedModel:
         heads = {n: p for n, p in sorted(names.items()) if ".lora_" not in n and p.requires_grad}
         self._head = heads if self.trains_head else {}
         paths = {file_name(name): name.rpartition(".")[0] for name, _ in self.peft.named_parameters()}
+        self.owners = {array: self.peft.get_submodule(paths[array]) for array in self._head}  # of the head's arrays
         self.initial_head = self.dense()  # kept, since the resident model outlives a run that trains its head
         trainable = {id(parameter) for parameter in (*self._A.values(), *self._B.values(), *self._head.values())}
         for parameter in self.peft.parameters():
             parameter.requires_grad_(False)
             if id(parameter) not in trainable:
                 parameter.data = parameter.data.to(getattr(torch, base.dtype))
-        for name in {paths[array] for array in self._head}:
-            self.peft.get_submodule(name).register_forward_pre_hook(_in_float32)
+        for owner in set(self.owners.values()):
+            owner.register_forward_pre_hook(_in_float32)
 
     @property
     def layers(self) -> list[str]:

@@ -137,11 +137,14 @@ class Kept(Encoded):
         return {}
 
     @cached_property
+    def _lengths(self) -> np.ndarray | None:
+        return self.examples.lengths()
+
+    @cached_property
     def _capacity(self) -> int:
         """The examples before this one are kept: as many as the limit has room for."""
         row = self._rows(np.arange(1), self.prefix.model.device)[0]
-        lengths = self.examples.lengths()
-        positions = np.full(len(self.examples), len(row)) if lengths is None else lengths
+        positions = np.full(len(self.examples), len(row)) if self._lengths is None else self._lengths
         sizes = np.cumsum(positions) * row[0].nbytes
         whole = int(np.searchsorted(sizes, self.limit, side="right"))
         return whole if whole == len(self.examples) else whole // NEIGHBOURS * NEIGHBOURS
@@ -152,10 +155,9 @@ class Kept(Encoded):
     def _rows(self, indices: np.ndarray, device: torch.device) -> list[Tensor]:
         with torch.no_grad():
             hidden = self.prefix.hidden(self.examples.batch(indices, device))
-        lengths = self.examples.lengths()
-        if lengths is None:
+        if self._lengths is None:
             return list(hidden)
-        return [row[:length].clone() for row, length in zip(hidden, lengths[indices], strict=True)]
+        return [row[:length].clone() for row, length in zip(hidden, self._lengths[indices], strict=True)]
 
 
 def _pass(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedlora.models.adapted import AdaptedModel, file_name
+from fedlora.models.adapted import AdaptedModel
 from fedlora.models.encode import Encoded
 
 Key = tuple[str, str]  # (layer, "A" or "B"), or (name of a dense array, "")
@@ -55,10 +55,8 @@ class Rows:
                 return f"{layer} has an adapter other than plain LoRA"
             self._forwards[module] = self._adapted(layer, module)
         owners: dict[nn.Module, dict[str, str]] = {}
-        names = {file_name(name): name for name, _ in self.model.peft.named_parameters()}
-        for array in self.model.dense():
-            path, _, attribute = names[array].rpartition(".")
-            owners.setdefault(self.model.peft.get_submodule(path), {})[attribute] = array
+        for array, owner in self.model.owners.items():
+            owners.setdefault(owner, {})[array.rpartition(".")[2]] = array
         for module, arrays in owners.items():
             if type(module) not in (nn.Linear, nn.LayerNorm):
                 return f"the head trains a {type(module).__name__}, which has no form by example"

@@ -18,11 +18,8 @@ import numpy as np
 
 from fedlora import seeds
 from fedlora.config import PrivacyConfig
-from fedlora.lowrank import Adapters, Pair
-from fedlora.messages import ServerState, Update
+from fedlora.messages import Named, ServerState, Update, trained_arrays, update_of
 from fedlora.privacy.user_level import user_epsilon, user_noise_multiplier
-
-Arrays = dict[tuple[str, str], np.ndarray]  # (layer, factor), or (name, "") for a dense array → float64
 
 
 @dataclass
@@ -76,13 +73,13 @@ class UserGuard:
         Guarantee: adding or removing one client moves the sum before noise by at most S in Euclidean norm, over all that a
         client sends together. No client at all (an empty Poisson cohort) is a release of noise alone.
         """
-        start = _arrays(state.adapters, state.dense, trains)
+        start = trained_arrays(state.adapters, state.dense, trains)
         clip, z = self.config.clip, self.ledger.noise_multiplier
         sigma = z * clip if z else 0.0  # a clip without noise may be infinite
         total = {key: np.zeros_like(array) for key, array in start.items()}
         norms = []
         for update in updates:
-            sent = _arrays(update.adapters, update.dense, trains)
+            sent = trained_arrays(update.adapters, update.dense, trains)
             delta = {key: sent[key] - start[key] for key in start}
             norms.append(_norm(delta))
             factor = min(1.0, clip / norms[-1]) if norms[-1] else 1.0
@@ -99,7 +96,7 @@ class UserGuard:
             key: start[key] + (array + sigma * rng.standard_normal(array.shape)) / self.ledger.cohort
             for key, array in total.items()
         }
-        return [_update(state, moved)]
+        return [update_of(state, moved, examples=1)]
 
     def spent(self) -> dict[str, float]:
         """ε so far, the same for every client, and the newest round's diagnostics."""
@@ -114,20 +111,5 @@ class UserGuard:
         return "z", f"{ledger.noise_multiplier:.3g}", f"ε = {config.epsilon:g}, δ = {config.delta:g}, user level, {how}"
 
 
-def _arrays(adapters: Adapters, dense: dict[str, np.ndarray], trains: str) -> Arrays:
-    """What a client sends: the trained factors of every layer and the dense arrays."""
-    factors = {(layer, f): getattr(pair, f) for layer, pair in adapters.items() for f in trains}
-    return {key: array.astype(np.float64) for key, array in (factors | {(n, ""): a for n, a in dense.items()}).items()}
-
-
-def _norm(arrays: Arrays) -> float:
+def _norm(arrays: Named) -> float:
     return float(np.sqrt(sum(np.sum(array**2) for array in arrays.values())))
-
-
-def _update(state: ServerState, arrays: Arrays) -> Update:
-    """The arrays as one client's update, in the dtypes of the state; a factor that is not trained is the broadcast one."""
-    adapters = {
-        layer: Pair(*(arrays[layer, f].astype(own.dtype) if (layer, f) in arrays else own for f, own in pair._asdict().items()))
-        for layer, pair in state.adapters.items()
-    }
-    return Update(-1, 1, adapters, {name: arrays[name, ""].astype(own.dtype) for name, own in state.dense.items()})
