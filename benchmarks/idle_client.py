@@ -16,7 +16,7 @@ app.query()(query)
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """The state as it came."""
-    factors, dense = messages.unpack(message.content.array_records[messages.ARRAYS])
+    factors, dense, _ = messages.unpack(message.content.array_records[messages.ARRAYS])
     sent = messages.pack({layer: Pair(**both) for layer, both in factors.items()}, dense)
     client = int(context.node_config["partition-id"])
     metrics = MetricRecord({messages.CLIENT: client, messages.EXAMPLES: 20, "loss": 0.0})

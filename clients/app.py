@@ -1,7 +1,8 @@
 """The ClientApp: what a client does with a message, in this process, on a Ray worker and on a device alike.
 
-A client is a function of (broadcast, its data, its random streams). It keeps nothing: the workbench is shared by all the
-clients of a process, and every array that a round changes is written before it is read.
+A client is a function of (broadcast, its data, its random streams, its own state). The process keeps nothing of it: the
+workbench is shared by all its clients, and every array that a round changes is written before it is read. What must stay
+with a client from one message to the next is in Flower's `Context.state`.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from clients import start
+from clients.start import Start
 from fedlora import messages
-from fedlora.lowrank import Adapters, Pair
+from fedlora.lowrank import Adapters
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from clients.task import Task
     from fedlora.workbench import Workbench
 
@@ -39,23 +41,32 @@ class CohortApp(ClientApp):
 
     def together(self, batch: Sequence[tuple[Message, Context]]) -> list[Message]:
         """The replies to the training messages of one experiment, in their order; the clients share their passes."""
-        from clients.cohort import Member, train_together
+        from clients.cohort import Member, Trained, train_together
 
         started = time.perf_counter()
         bench = _job(batch[0][0])[1]
         if bench.rows.refusal:
             return [self(message, context) for message, context in batch]
-        sent = {id(record): messages.unpack(record) for message, _ in batch for record in (_arrays(message),)}
-        members = []
-        for message, context in batch:
-            factors, dense = sent[id(_arrays(message))]
-            adapters = {layer: Pair(**both) for layer, both in factors.items()}
-            members.append(Member(_task(message, context), adapters, dense, bench.model.scale))
-        trained = train_together(bench.rows, bench.train, members)
+        starts = _starts(batch, bench)
+        members = [
+            Member(_task(message, context), begun.adapters, begun.dense, begun.scale)
+            for (message, context), begun in zip(batch, starts, strict=True)
+        ]
+        # Cells of a sweep may share a pass, but not where each has moved something of its own into the base, nor with an R.
+        alike: dict[tuple[str, ...], list[int]] = {}
+        for place, begun in enumerate(starts):
+            base = str(_job(batch[place][0])[0][messages.EXPERIMENT]) if begun.correction else ""
+            alike.setdefault((base, *begun.dense), []).append(place)
+        trained: dict[int, Trained] = {}
+        for places in alike.values():
+            bench.model.write({}, {}, starts[places[0]].correction)
+            own = train_together(bench.rows, bench.train, [members[place] for place in places])
+            trained |= dict(zip(places, own, strict=True))
         a_step = (time.perf_counter() - started) / sum(member.task.steps for member in members)
         return [
-            _reply(message, member.task, own.adapters, own.dense, own.metrics, a_step * member.task.steps, len(batch))
-            for (message, _), member, own in zip(batch, members, trained, strict=True)
+            _reply(message, context, member.task, own.adapters, own.dense, own.metrics, a_step * member.task.steps, len(batch))
+            for place, ((message, context), member) in enumerate(zip(batch, members, strict=True))
+            for own in (trained[place],)
         ]
 
 
@@ -76,19 +87,21 @@ def train(message: Message, context: Context) -> Message:
 
     started = time.perf_counter()
     bench, task = _job(message)[1], _task(message, context)
-    bench.model.write(*messages.unpack(_arrays(message)))
+    (begun,) = _starts([(message, context)], bench)
+    bench.model.write(begun.adapters, begun.dense, begun.correction)
     metrics = perform(task, bench.model, bench.train)
     seconds = time.perf_counter() - started
-    return _reply(message, task, bench.model.adapters(), bench.model.dense(), metrics, seconds, 1)
+    return _reply(message, context, task, bench.model.adapters(), bench.model.dense(), metrics, seconds, 1)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Test the broadcast model on the examples that this client holds back (none: a count of zero)."""
+    """Test the broadcast model, with what is this client's own, on the examples that it holds back (none: a count of zero)."""
     from fedlora.evaluate import evaluate as evaluate_locally
 
     _, bench = _job(message)
-    bench.model.write(*messages.unpack(_arrays(message)))
+    (begun,) = _starts([(message, context)], bench)
+    bench.model.write(begun.adapters, begun.dense, begun.correction)
     client = _client(context)
     _, held_out = bench.examples_of(client)
     metrics = MetricRecord({messages.CLIENT: client, messages.EXAMPLES: len(held_out), "accuracy": 0.0, "loss": 0.0})
@@ -121,8 +134,25 @@ def _task(message: Message, context: Context) -> Task:
     return Task(indices, config.train, str(job[messages.TRAINS]), progress, streams, mechanism)
 
 
+def _starts(batch: Sequence[tuple[Message, Context]], bench: Workbench) -> list[Start]:
+    """What each client starts from; read once where several were sent the very same record."""
+    sent = {id(record): messages.unpack(record) for message, _ in batch for record in (_arrays(message),)}
+    common: dict[int, Start] = {}
+    starts = []
+    for message, context in batch:
+        key = id(_arrays(message))
+        if start.PERSONAL in context.state.array_records:
+            starts.append(start.begin(bench, _job(message)[0], sent[key], context.state))
+            continue
+        if key not in common:
+            common[key] = start.begin(bench, _job(message)[0], sent[key], context.state)
+        starts.append(common[key])
+    return starts
+
+
 def _reply(
     message: Message,
+    context: Context,
     task: Task,
     adapters: Adapters,
     dense: dict[str, np.ndarray],
@@ -132,7 +162,9 @@ def _reply(
 ) -> Message:
     measured = MetricRecord({**metrics, "seconds": seconds, "cohort": float(cohort)})
     measured[messages.CLIENT], measured[messages.EXAMPLES] = task.streams[1], len(task.indices)
-    arrays = messages.pack(adapters, dense, task.trains)
+    job: ConfigRecord = message.content.config_records[messages.CONFIG]
+    start.keep(context.state, job, adapters, dense)
+    arrays = messages.record(start.sends(job, adapters, dense))
     return Message(RecordDict({messages.ARRAYS: arrays, messages.METRICS: measured}), reply_to=message)
 
 

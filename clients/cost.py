@@ -22,6 +22,7 @@ from clients.cohort import Member, train_together
 from clients.task import Task
 from clients.train import perform
 from fedlora import cache
+from fedlora.messages import rotation
 from fedlora.workbench import Workbench
 
 STEPS = 2  # of a client, in each measurement
@@ -89,11 +90,13 @@ def seconds(bench: Workbench, trains: str, size: int) -> float:
         mechanism = Mechanism(1.0, config.privacy.clip)
     settings = dataclasses.replace(config.train, steps=STEPS, epochs=None)
     tasks = [Task(indices, settings, trains, (1, 1), (config.seed, k, 0), mechanism) for k in range(size)]
-    start = model.initial("kaiming", config.seed)
+    start, dense = model.initial("kaiming", config.seed), model.initial_head
+    if "R" in trains:
+        dense = dense | {rotation(layer): np.zeros((pair.rank, pair.rank), np.float32) for layer, pair in start.items()}
     if size == 1:
-        model.write(start, model.initial_head)
+        model.write(start, dense)
         return quickest(lambda: perform(tasks[0], model, examples)) / STEPS
-    members = [Member(task, start, model.initial_head, model.scale) for task in tasks]
+    members = [Member(task, start, dense, model.scale) for task in tasks]
     return quickest(lambda: train_together(bench.rows, examples, members)) / (STEPS * size)
 
 

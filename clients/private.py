@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fedlora import lowrank
 from fedlora.check import RunError
 from fedlora.lowrank import Adapters, Pair
+from fedlora.messages import rotation
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.encode import Encoded
 from fedlora.models.layout import Layout
@@ -100,13 +101,15 @@ class PrivateDescent:
         shared = {"gradient_norm": _mean(norms), "clipped": _mean(clipped.float())}
         if self.noise is None:
             return shared
-        trained, _ = layout.split(self.flat.detach().cpu().numpy())
-        noise, _ = layout.split(self.noise.cpu().numpy())
-        zero = {layer: {f: np.zeros_like(array) for f, array in pair._asdict().items()} for layer, pair in sent.items()}
-        products = [
-            lowrank.noise(Pair(**(pair._asdict() | trained[layer])), Pair(**(zero[layer] | noise[layer])), self.variance)
-            for layer, pair in sent.items()
-        ]
+        trained, noise = (layout.split(vector.detach().cpu().numpy()) for vector in (self.flat, self.noise))
+        products = []
+        for layer, pair in sent.items():
+            if (between := rotation(layer)) in trained[1]:
+                products.append(lowrank.noise_between(pair, noise[1][between], self.variance))
+            else:
+                zero = {f: np.zeros_like(array) for f, array in pair._asdict().items()}
+                noisy, drawn_ = pair._asdict() | trained[0].get(layer, {}), zero | noise[0].get(layer, {})
+                products.append(lowrank.noise(Pair(**noisy), Pair(**drawn_), self.variance))
         drawn, expected = (scale * math.sqrt(math.fsum(column)) for column in zip(*products, strict=True))
         return shared | {"noise_std": self.variance**0.5, "noise_product": drawn, "noise_product_expected": expected}
 
@@ -123,9 +126,10 @@ def _mean(values: Tensor) -> float:
 
 
 def plain(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether noise passes through the optimiser as it is, scaled by lr: SGD without momentum and weight decay."""
+    """Whether noise passes through the optimiser as it is, scaled by lr: SGD without momentum, decay and proximal term."""
     group = optimizer.param_groups[0]
-    return isinstance(optimizer, torch.optim.SGD) and not group["momentum"] and not group["weight_decay"]
+    shrinks = group.get("momentum") or group["weight_decay"] or optimizer._optimizer_step_pre_hooks
+    return isinstance(optimizer, torch.optim.SGD) and not shrinks
 
 
 @dataclass

@@ -57,7 +57,7 @@ def private(task: Task, model: AdaptedModel, examples: Encoded) -> tuple[list[Te
     physical = task.settings.physical_batch_size or len(task.indices)
     with hooked(model, examples, parameters, descent, physical) as descend:
         losses = [descend(batch, task.lr(step)) for step, batch in enumerate(task.batches())]
-    return losses, descent.diagnose(Layout.of(sent, model.dense(), task.trains), sent, model.scale)
+    return losses, descent.diagnose(Layout.of(sent, model.dense(), task.trains), sent, model.scale_written)
 
 
 def plain(task: Task, model: AdaptedModel, examples: Encoded) -> tuple[list[Tensor], dict[str, float]]:

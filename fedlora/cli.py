@@ -10,6 +10,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,7 +91,7 @@ def compose(configs: Path, overrides: list[str]) -> Config:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    import strategies
+    from fedlora import server
 
     for override in OverridesParser.create().parse_overrides(overrides):
         _check_name(configs, override)
@@ -106,7 +107,7 @@ def compose(configs: Path, overrides: list[str]) -> Config:
         raise ConfigError(_one_sentence(error)) from error
     config = from_dict(values)
     config.checked()
-    strategies.make(**config.strategy)
+    server.make_strategy(config)
     return config
 
 
@@ -186,23 +187,26 @@ def _plan(cells: list[Config]) -> int:
 
 
 def _list(config: Config) -> int:
-    """Print the strategies: paper, what they train, bytes for this model, whether the aggregation is exact."""
+    """Print the strategies: paper, what they train, what a client of this model sends and is sent, and what goes with them."""
     import strategies
-    from fedlora import experiment, plan, terminal, workbench
+    from fedlora import experiment, plan, server, terminal, workbench
 
     _quiet()
     bench = workbench.build(config)
     rows = []
     for name in strategies.names():
-        strategy = strategies.make(name)
+        held = replace(config.evaluate, holdout=config.evaluate.holdout or 0.2)  # some cannot do without
+        strategy = server.make_strategy(replace(config, strategy={"name": name}, evaluate=held))
         state = experiment.initial_state(bench, strategy)
-        up = plan.bytes_sent(state, strategy.trains) * config.cohort_size
-        down = plan.bytes_sent(state, "AB") * config.cohort_size
-        own = ", ".join(f"{key}={p.default}" for key, p in strategies.settings(name).items())
+        trains = strategy.trains + (f" ({strategy.personal} and head stay)" if strategy.personal else "")
         exact = "exact" if strategy.exact else "biased"
-        rows.append([name, strategy.paper, strategy.trains, terminal.size(up), terminal.size(down), exact, own])
-    columns = ["strategy", "paper", "trains", "up a round", "down a round", "aggregation", "settings"]
-    terminal.table(f"{config.model.name}, {config.cohort_size} clients a round", columns, rows)
+        unequal = strategy.unequal if strategy.unequal in ("native", "padded") else "no"
+        own = ", ".join(f"{key}={p.default}" for key, p in strategies.settings(name).items())
+        up, down = terminal.size(plan.bytes_up(state, strategy)), terminal.size(plan.bytes_down(state, strategy))
+        secure = "yes" if strategy.linear else "no"
+        rows.append([name, strategy.paper, trains, up, down, exact, unequal, strategy.private.split(",")[0], secure, own])
+    columns = ["strategy", "paper", "trains", "up", "down", "merge", "unequal ranks", "DP-SGD", "secure sums", "settings"]
+    terminal.table(f"{config.model.name}, rank {config.adapter.rank}: bytes of a client and round", columns, rows)
     return 0
 
 

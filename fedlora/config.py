@@ -66,12 +66,21 @@ class PartitionConfig:
 class AdapterConfig:
     """The low-rank adapters: W = W0 + (alpha / rank) · B A."""
 
-    rank: int = setting(8, "rank r of every adapter")
+    rank: int = setting(8, "rank r of the server's adapters, and of every client's unless ranks says otherwise")
+    ranks: Any = setting(None, "ranks of the clients: a list, shares such as {4: .5, 8: .5}, or memory (adapter.memory)")
+    memory: Any = setting(None, "MB that clients have for training adapters, a list or shares; sets each one's rank")
     alpha: float = setting(8.0, "LoRA's alpha; the scale of B A is alpha / rank")
     dropout: float = setting(0.0, "dropout on the adapter's input while training")
     target_modules: list[str] = setting([], "names (endings) of the linear layers to adapt; empty: query and value")
     layers: list[int] = setting([], "blocks to adapt, such as [-2,-1] for the last two; empty: all")
     train_head: bool | None = setting(None, "train the classification head too; none: only if the checkpoint has none")
+
+    def __post_init__(self) -> None:
+        """Keys of shares are text, as they are in JSON."""
+        self.ranks, self.memory = (
+            {str(key): share for key, share in value.items()} if isinstance(value, dict) else value
+            for value in (self.ranks, self.memory)
+        )
 
 
 @dataclass
@@ -88,8 +97,32 @@ class TrainConfig:
     weight_decay: float = setting(0.0, "weight decay on what is trained")
     schedule: str = setting("constant", "constant, linear or cosine decay of lr over the whole run")
     warmup: float = setting(0.0, "share of the run over which lr rises from 0")
+    proximal: float = setting(0.0, "FedProx's μ: weight of μ/2 ‖x − what was sent‖² in a client's loss")
     max_grad_norm: float | None = setting(None, "clip the norm of each step's whole gradient to this")
     physical_batch_size: int | None = setting(None, "examples a forward pass at most, to bound memory; none: the whole batch")
+
+
+@dataclass
+class CompressionConfig:
+    """What messages are made smaller by; bytes are counted as sent."""
+
+    up: str = setting("none", "what clients send: none, float16, int8, int4 or top_k, with error feedback")
+    down: str = setting("none", "what the server sends: none, float16, int8 or int4")
+    top_k: float = setting(0.1, "top_k: share of the entries of each array that is sent")
+
+
+@dataclass
+class ServerConfig:
+    """What the server does besides the strategy's own step."""
+
+    mean: str = setting("weighted", "of updates: weighted, median, trimmed (both coordinate by coordinate), or norm_filter")
+    trim: float = setting(0.1, "trimmed: share of the clients cut off at each end")
+    norm_factor: float = setting(3.0, "norm_filter: updates longer than this many times the median are left out")
+    optimizer: str = setting("none", "of the server, on the merged factors: none, momentum (FedAvgM) or adam (FedAdam)")
+    lr: float = setting(1.0, "of the server's optimiser")
+    momentum: float = setting(0.9, "momentum: its share kept; adam: β1")
+    beta2: float = setting(0.99, "adam: β2")
+    tau: float = setting(1e-3, "adam: what is added to the root of the second moment")
 
 
 @dataclass
@@ -142,6 +175,8 @@ class Config:
     round_timeout: float = setting(3600.0, "seconds to wait for a round's clients")
     device: str = setting("auto", "auto, cpu or cuda: what clients and the evaluation compute on")
     threads: int = setting(1, "torch threads a process; part of the numbers, since it orders sums")
+    aggregation: str = setting("plain", "plain, or secure: the server learns sums of updates only (linear strategies)")
+    save_merged: bool = setting(False, "save the merged model as well (merged/), as transformers reads it")
     results: str = setting("results", "folder that holds the results folders")
     overwrite: bool = setting(False, "run again where finished results or those of other settings stand")
     plan: bool = setting(False, "print sizes, bytes, memory, steps and time, and train nothing")
@@ -151,6 +186,8 @@ class Config:
     partition: PartitionConfig = field(default_factory=PartitionConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+    compression: CompressionConfig = field(default_factory=CompressionConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -206,6 +243,8 @@ GROUPS: dict[str, type] = {
     "partition": PartitionConfig,
     "adapter": AdapterConfig,
     "train": TrainConfig,
+    "server": ServerConfig,
+    "compression": CompressionConfig,
     "privacy": PrivacyConfig,
     "evaluate": EvaluateConfig,
     "engine": EngineConfig,

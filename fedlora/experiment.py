@@ -13,14 +13,14 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp import Grid
 
-import strategies
-from fedlora import engines, messages, plan, report, terminal, workbench
+from fedlora import engines, messages, plan, ranks, report, terminal, workbench
 from fedlora.check import RunError
 from fedlora.config import Config
 from fedlora.evaluate import evaluate
 from fedlora.interrupt import CtrlC
 from fedlora.messages import ServerState
-from fedlora.records import ADAPTER, CURVES, PRIVACY, Recorder
+from fedlora.records import ADAPTER, CURVES, MERGED, PRIVACY, Recorder
+from fedlora.server import make_strategy
 from fedlora.workbench import Workbench
 from strategies import LoRAStrategy
 
@@ -58,7 +58,7 @@ def run(config: Config, started: float, app: str = engines.CLIENT_APP, engine_na
             row = {"round": round} | (strategy.report.as_row(started) if strategy.report else {})
             row |= guard.spent() if guard else {}
             measured: dict[str, float] = {}
-            if round % config.evaluate.every == 0 or round == config.rounds:
+            if not strategy.personal and (round % config.evaluate.every == 0 or round == config.rounds):
                 measured = measure(bench, arrays)
             row |= measured | {"seconds": time.perf_counter() - started}
             recorder.round(row)
@@ -73,7 +73,7 @@ def run(config: Config, started: float, app: str = engines.CLIENT_APP, engine_na
             noisy[messages.NOISE] = guard.noise_multipliers
         rounds = partial(
             strategy.start,
-            initial_arrays=messages.pack(state.adapters, state.dense),
+            initial_arrays=messages.pack(state.adapters, state.dense, correction=state.base_correction),
             num_rounds=config.rounds,
             timeout=config.round_timeout,
             train_config=noisy,
@@ -87,26 +87,18 @@ def run(config: Config, started: float, app: str = engines.CLIENT_APP, engine_na
     return conclude(bench, reached[-1], recorder, outcome, list(notes.values()))
 
 
-def make_strategy(config: Config) -> LoRAStrategy:
-    """The strategy of an experiment: its own settings, and what the runtime knows."""
-    return strategies.make(
-        **config.strategy,
-        scale=config.adapter.alpha / config.adapter.rank,
-        seed=config.seed,
-        min_success=config.min_success,
-        fraction_train=config.cohort_size / config.clients,
-        min_train_nodes=1,
-        min_available_nodes=config.clients,
-        fraction_evaluate=1.0 if config.evaluate.holdout else 0.0,
-        evaluate_every=config.evaluate.every,
-        poisson=config.poisson,
-    )
-
-
 def initial_state(bench: Workbench, strategy: LoRAStrategy) -> ServerState:
-    """What the server broadcasts in round 1: B = 0, A by the strategy's `init`, the head as it was loaded."""
-    adapters = bench.model.initial(strategy.init, bench.config.seed)
-    return ServerState(adapters, bench.model.initial_head, scale=bench.model.scale)
+    """What the server begins with: B = 0, A by the strategy's `init`, the head as it was loaded; R = 0 where it is trained.
+
+    The strategy gets to know the clients' ranks, which may depend on the model.
+    """
+    mixes = "R" in strategy.trains
+    adapters = bench.model.initial(strategy.init, bench.config.seed, mixes=mixes)
+    strategy.ranks = ranks.of_clients(bench.config, adapters, strategy.trains)
+    dense = {} if strategy.personal else dict(bench.model.initial_head)
+    if mixes:
+        dense |= {messages.rotation(layer): np.zeros((pair.rank,) * 2, np.float32) for layer, pair in adapters.items()}
+    return ServerState(adapters, dense, scale=bench.model.scale)
 
 
 def measure(bench: Workbench, arrays: ArrayRecord) -> dict[str, float]:
@@ -132,11 +124,13 @@ def conclude(
     bench: Workbench, state: ServerState, recorder: Recorder, outcome: dict[str, str], notes: list[str]
 ) -> dict[str, Any]:
     """Save the merged adapter and the plot, write the summary last, and return it; raises RunError for a failed run."""
-    bench.model.write(state.adapters, state.dense)
+    bench.model.write(state.adapters, state.dense, state.base_correction)
     rows = report.read_rounds(recorder.folder)
     summary = report.summarise(bench.config, rows) | outcome | {"notes": notes}
     try:
         recorder.save(ADAPTER, bench.model.save)
+        if bench.config.save_merged:
+            recorder.save(MERGED, bench.model.save_merged)
         if rows:
             recorder.save(CURVES, lambda path: report.draw_curves(path, rows, summary))
         recorder.close(summary)

@@ -112,6 +112,12 @@ def noise(pair: Pair, drawn: Pair, variance: float) -> tuple[float, float]:
     return norm(difference) ** 2, float(expected)
 
 
+def noise_between(pair: Pair, drawn: np.ndarray, variance: float) -> tuple[float, float]:
+    """The same for noise in an R (r, r) that stands between the factors: ‖B N A‖², and σ² ‖A‖² ‖B‖², which is expected."""
+    A, B = _double(pair)
+    return norm(Pair(drawn @ A, B)) ** 2, variance * float(np.sum(A**2) * np.sum(B**2))
+
+
 def spectrum(pair: Pair) -> np.ndarray:
     """The min(r, m, n) leading singular values of B A, in falling order: shape (min(r, m, n),)."""
     return _core(pair)[1]
@@ -144,6 +150,24 @@ def recompress(pair: Pair, rank: int) -> Pair:
     A[:rows] = right[:rows]
     B[:, :columns] = left[:, :columns] * values[:columns]
     return Pair(A.astype(pair.A.dtype), B.astype(pair.B.dtype))
+
+
+def coordinates(A: np.ndarray, basis: np.ndarray) -> np.ndarray:
+    """R (r, r) with A = R · basis, for an A (r, n) in the row space of the basis (r, n); else the nearest, by least squares.
+
+    Exactly the identity where A is the basis.
+    """
+    if np.array_equal(A, basis):
+        return np.eye(len(A), dtype=A.dtype)
+    R = np.linalg.lstsq(basis.astype(np.float64).T, A.astype(np.float64).T, rcond=None)[0].T
+    return np.ascontiguousarray(R, dtype=A.dtype)
+
+
+def draw(shape: tuple[int, int], init: str, rng: np.random.Generator) -> np.ndarray:
+    """A factor A of that shape (r, n), drawn, float32: kaiming (uniform in ±1/√n) or orthonormal (rows, r ≤ n)."""
+    if init == "kaiming":
+        return rng.uniform(-1, 1, shape).astype(np.float32) / np.float32(np.sqrt(shape[1]))
+    return orthonormal_rows(rng.standard_normal(shape)).astype(np.float32)
 
 
 def orthonormal_rows(A: np.ndarray) -> np.ndarray:

@@ -4,6 +4,11 @@ On the wire an array has the name it has in PEFT's own file format, so `ArrayRec
 a valid broadcast and a record's arrays are a valid `adapter_model.safetensors`:
 
     <layer>.lora_A.weight   (r, n)        <layer>.lora_B.weight   (m, r)        anything else: a dense array (the head)
+
+Three names are ours, and no file's:
+
+    <layer>.lora_R.weight   (r, r)        between the factors: the adapter is B · R A
+    <layer>.base_A.weight   (q, n)        <layer>.base_B.weight   (m, q)        base correction: W0 + scale · base_B · base_A
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, RecordDict
@@ -23,6 +28,9 @@ from fedlora.lowrank import Adapters, Pair
 ARRAYS, METRICS, CONFIG = "arrays", "metrics", "config"  # the records of a message
 EXAMPLES, CLIENT = "num-examples", "client"  # keys of the metrics
 ROUND, TRAINS, EXPERIMENT = "server-round", "trains", "experiment"  # keys of the config
+SENDS = "sends"  # key of the config: the factors that a client sends back, the head with them; PERSONAL: it keeps the others
+PERSONAL, KEEPS = "personal", "keeps"  # keys of the config; KEEPS: all of it stays with the client until it is asked
+INIT, DRAWN, RANK = "init", "drawn", "rank"  # keys of the config: how A began and in which round, and this client's rank
 NOISE = "noise-multipliers"  # key of the config, with record-level privacy: σ of every client, by its number
 
 Named = dict[tuple[str, str], np.ndarray]  # (layer, "A" or "B"), or (name, "") for a dense array
@@ -55,25 +63,74 @@ class ServerState:
     extra: dict[str, np.ndarray] = field(default_factory=dict)
 
 
-def pack(adapters: Adapters, dense: Mapping[str, np.ndarray], factors: str = "AB") -> ArrayRecord:
-    """The named factors ("AB", "A" or "B") of every layer and the dense arrays, in sorted order, as one record."""
-    arrays = {
-        f"{layer}.lora_{factor}.weight": getattr(pair, factor) for layer, pair in adapters.items() for factor in factors
-    } | dict(dense)
-    return ArrayRecord({name: _to_wire(arrays[name]) for name in sorted(arrays)})
+class Arrays(NamedTuple):
+    """What a record holds."""
+
+    factors: Factors
+    dense: dict[str, np.ndarray]  # the head, and every R by its name on the wire
+    correction: Adapters
 
 
-def unpack(record: ArrayRecord) -> tuple[Factors, dict[str, np.ndarray]]:
-    """The factors by layer and the dense arrays of a record, copied out of its bytes."""
-    factors: Factors = {}
+def named(
+    adapters: Adapters, dense: Mapping[str, np.ndarray], factors: str = "AB", correction: Mapping[str, Pair] | None = None
+) -> dict[str, np.ndarray]:
+    """The named factors ("AB", "A", "B" or none) of every layer, the dense arrays and the correction, by name, sorted."""
+    arrays = {f"{layer}.lora_{f}.weight": getattr(pair, f) for layer, pair in adapters.items() for f in factors} | dict(dense)
+    if correction:
+        arrays |= {f"{layer}.base_{f}.weight": a for layer, pair in correction.items() for f, a in pair._asdict().items()}
+    return {name: arrays[name] for name in sorted(arrays)}
+
+
+def record(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
+    """The arrays as Flower sends them, in their order."""
+    return ArrayRecord({name: _to_wire(array) for name, array in arrays.items()})
+
+
+def pack(
+    adapters: Adapters, dense: Mapping[str, np.ndarray], factors: str = "AB", correction: Mapping[str, Pair] | None = None
+) -> ArrayRecord:
+    """The same arrays as `named` has them, as one record."""
+    return record(named(adapters, dense, factors, correction))
+
+
+def arrays_of(record: ArrayRecord) -> dict[str, np.ndarray]:
+    """The arrays of a record by name, copied out of its bytes; raises ValueError for bytes that hold none."""
+    return {name: _from_wire(array) for name, array in record.items()}
+
+
+def unpack(record: ArrayRecord) -> Arrays:
+    """The arrays of a record by what they are, copied out of its bytes."""
+    return sort(arrays_of(record))
+
+
+def sort(arrays: Mapping[str, np.ndarray]) -> Arrays:
+    """The arrays by what they are, which their names say. Raises ValueError for half a correction."""
+    factors, base = Factors(), Factors()
     dense: dict[str, np.ndarray] = {}
-    for name, array in record.items():
-        layer, _, factor = name.removesuffix(".weight").rpartition(".lora_")
-        if layer and factor in ("A", "B"):
-            factors.setdefault(layer, {})[factor] = _from_wire(array)
+    for name, array in arrays.items():
+        layer, _, last = name.removesuffix(".weight").rpartition(".")
+        if layer and last in ("lora_A", "lora_B", "base_A", "base_B"):
+            (factors if last.startswith("lora") else base).setdefault(layer, {})[last[-1]] = array
         else:
-            dense[name] = _from_wire(array)
-    return factors, dense
+            dense[name] = array
+    if half := [layer for layer, both in base.items() if len(both) < 2]:
+        raise ValueError(f"the base correction of {half[0]} lacks a factor")
+    return Arrays(factors, dense, {layer: Pair(**both) for layer, both in base.items()})
+
+
+def rotation(layer: str) -> str:
+    """The name on the wire of what stands between the factors of a layer, R (r, r)."""
+    return f"{layer}.lora_R.weight"
+
+
+def fold(adapters: Adapters, dense: Mapping[str, np.ndarray]) -> tuple[Adapters, dict[str, np.ndarray]]:
+    """(R·A, B) for every layer that has an R among the dense arrays, and the dense arrays without it."""
+    folded = {
+        layer: Pair((dense[name].astype(np.float64) @ pair.A).astype(pair.A.dtype), pair.B) if name in dense else pair
+        for layer, pair in adapters.items()
+        for name in (rotation(layer),)
+    }
+    return folded, {name: array for name, array in dense.items() if not name.endswith(".lora_R.weight")}
 
 
 def trained_arrays(adapters: Adapters, dense: Mapping[str, np.ndarray], trains: str) -> Named:
@@ -114,13 +171,14 @@ def complete_dense(sent: Mapping[str, np.ndarray], known: Mapping[str, np.ndarra
 
 def state_of(record: ArrayRecord, scale: float) -> ServerState:
     """The server state that a full broadcast (both factors of every layer) stands for."""
-    factors, dense = unpack(record)
+    factors, dense, correction = unpack(record)
     if not factors:
         raise ValueError("initial arrays hold no <layer>.lora_A.weight; PEFT's get_peft_model_state_dict(model) names them so")
     for layer, sent in factors.items():
         if sent.keys() != {"A", "B"}:
             raise ValueError(f"initial arrays lack lora_{'B' if 'A' in sent else 'A'} of {layer}")
-    return ServerState({layer: Pair(sent["A"], sent["B"]) for layer, sent in sorted(factors.items())}, dense, scale=scale)
+    adapters = {layer: Pair(sent["A"], sent["B"]) for layer, sent in sorted(factors.items())}
+    return ServerState(adapters, dense, correction, scale)
 
 
 def array_bytes(content: RecordDict) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -56,7 +57,7 @@ def derive(bench: Workbench, strategy: LoRAStrategy, state: ServerState, guard: 
     """Every value that follows from the settings and the data, with its reason."""
     config, model = bench.config, bench.model
     counts = np.array([len(bench.examples_of(client)[0]) for client in range(config.clients)])
-    parameters = sum(array.size for array in sent(state, strategy.trains))
+    parameters = trained(state, strategy)
     head = "trained" if model.trains_head else "frozen"
     why = "adapter.train_head" if config.adapter.train_head is not None else (
         "the checkpoint has none for these classes" if model.head_is_new else "the checkpoint has one"
@@ -67,6 +68,7 @@ def derive(bench: Workbench, strategy: LoRAStrategy, state: ServerState, guard: 
         ("head", head, why),
         ("trained by a client", f"{parameters:,} parameters", f"factor {' and '.join(strategy.trains)} of each layer"
             + (" and the head" if model.trains_head else "")),
+        *ranked(strategy),
         ("cohort", f"{config.cohort_size} of {config.clients} clients", "clients_per_round" if config.clients_per_round
             else f"fraction {config.fraction:g}" if config.fraction is not None else "all"),
         ("examples a client", f"{counts.min()} / {np.median(counts):g} / {counts.max()}",
@@ -141,8 +143,8 @@ def estimate(bench: Workbench, strategy: LoRAStrategy, state: ServerState) -> Es
     return Estimate(
         trainings=trainings,
         steps=steps,
-        up=trainings * bytes_sent(state, strategy.trains),
-        down=trainings * bytes_sent(state, "AB"),
+        up=round(sum(times * bytes_up(state, strategy, client) for client, times in rounds.items())),
+        down=sum(times * bytes_down(state, strategy, client) for client, times in rounds.items()),
         step=step,
         training=steps * step + held_out * example,
         evaluation=tested * example,
@@ -176,10 +178,10 @@ def _seconds(bench: Workbench, strategy: LoRAStrategy, state: ServerState) -> tu
 def expense(bench: Workbench, strategy: LoRAStrategy, state: ServerState, whole: Estimate) -> Derived:
     """Bytes, steps, time and memory of the whole run; the memory of a step is measured by one forward pass, not guessed."""
     config = bench.config
-    up, down = bytes_sent(state, strategy.trains), bytes_sent(state, "AB")
+    up, down = bytes_up(state, strategy), bytes_down(state, strategy)
     counts = [len(bench.examples_of(client)[0]) for client in range(config.clients)]
     weights = sum(p.numel() * p.element_size() for p in bench.model.peft.parameters())
-    trained = sum(array.size for array in sent(state, strategy.trains)) * 4
+    held = 4 * trained(state, strategy)
     moments = {"sgd": int(config.train.momentum > 0), "adamw": 2}[config.train.optimizer]
     activations = saved_bytes(bench, strategy, int(np.argmax(counts)))
     trainings = f"{whole.trainings} client rounds"
@@ -190,7 +192,7 @@ def expense(bench: Workbench, strategy: LoRAStrategy, state: ServerState, whole:
         ("time", f"about {duration(whole.seconds)}", f"an estimate without start-up: {1000 * whole.step:.3g} ms a step, "
             f"clients {whole.lanes:.3g} at a time, and {duration(whole.evaluation)} of tests; measured here"),
         ("base model", size(weights), "once in each process"),
-        ("adapters, gradients, optimiser", size(trained * (2 + moments)), f"{2 + moments} × what is trained, float32"),
+        ("adapters, gradients, optimiser", size(held * (2 + moments)), f"{2 + moments} × what is trained, float32"),
         ("activations of a step", size(activations), "saved for the backward pass; measured on the largest client"),
         (
             "this process now",
@@ -200,14 +202,36 @@ def expense(bench: Workbench, strategy: LoRAStrategy, state: ServerState, whole:
     ]  # fmt: skip
 
 
-def bytes_sent(state: ServerState, factors: str) -> int:
-    """Bytes of one message with these factors of every layer and the head, if it is trained."""
-    return messages.array_bytes(RecordDict({messages.ARRAYS: messages.pack(state.adapters, state.dense, factors)}))
+def bytes_up(state: ServerState, strategy: LoRAStrategy, client: int = 0) -> float:
+    """Bytes of a client's reply in a round; the mean of two neighbouring rounds, which may differ in what is trained."""
+    rank = None if strategy.ranks is None else strategy.ranks[client]
+    return sum(bytes_of(strategy.sent_up(state, round, rank)) for round in (1, 2)) / 2
 
 
-def sent(state: ServerState, trains: str) -> list[Any]:
-    """The arrays that a client sends: the trained factors of every layer, and the head if it is trained."""
-    return [getattr(pair, f) for pair in state.adapters.values() for f in trains] + list(state.dense.values())
+def bytes_down(state: ServerState, strategy: LoRAStrategy, client: int = 0) -> int:
+    """Bytes of the message that begins a round for a client, before anything has moved into the base."""
+    return bytes_of(strategy.sent_down(state, None if strategy.ranks is None else strategy.ranks[client]))
+
+
+def bytes_of(arrays: dict[str, np.ndarray]) -> int:
+    """Bytes of one message with these arrays."""
+    return messages.array_bytes(RecordDict({messages.ARRAYS: messages.record(arrays)}))
+
+
+def trained(state: ServerState, strategy: LoRAStrategy) -> int:
+    """Parameters that a client of full rank trains: factors, or what stands between them, and the head if it is trained."""
+    factors = [getattr(pair, f) for pair in state.adapters.values() for f in "AB" if f in strategy.trains]
+    return sum(array.size for array in [*factors, *state.dense.values()])
+
+
+def ranked(strategy: LoRAStrategy) -> Derived:
+    """How many clients have which rank, where they differ."""
+    if strategy.ranks is None:
+        return []
+    counts = Counter(strategy.ranks)
+    text = ", ".join(f"{counts[rank]} of rank {rank}" for rank in sorted(counts))
+    how = "native to the strategy" if strategy.unequal == "native" else "by truncation down and zero padding up"
+    return [("ranks", text, how)]
 
 
 def saved_bytes(bench: Workbench, strategy: LoRAStrategy, client: int) -> int:

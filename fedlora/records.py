@@ -4,6 +4,7 @@
     env.json        versions, commit, hardware      curves.png      the plot of rounds.jsonl
     rounds.jsonl    a line a round, as it happens   adapter/        the merged adapter in PEFT's own format
     privacy.json    the ledger, written ahead of every round (privacy=record)
+    merged/         the base model with it merged in, with save_merged=true
 
 A finished folder is never written over in silence: the same settings again show what is there, and other settings under
 the same name are refused.
@@ -33,10 +34,10 @@ import strategies
 from fedlora.check import ConfigError, RunError
 from fedlora.config import Config, from_dict, settings
 
-ROUNDS, SUMMARY, CONFIG, ENV, CURVES, ADAPTER, PRIVACY = (
-    "rounds.jsonl", "summary.json", "config.json", "env.json", "curves.png", "adapter", "privacy.json"
+ROUNDS, SUMMARY, CONFIG, ENV, CURVES, ADAPTER, MERGED, PRIVACY = (
+    "rounds.jsonl", "summary.json", "config.json", "env.json", "curves.png", "adapter", "merged", "privacy.json"
 )  # fmt: skip
-_NOT_IDENTITY = ("engine.", "name", "results", "overwrite", "plan")  # settings that cannot change a number
+_NOT_IDENTITY = ("engine.", "name", "results", "overwrite", "plan", "save_merged")  # settings that cannot change a number
 _VERSIONS = ("flwr", "torch", "transformers", "peft", "ray", "numpy", "scikit-learn", "hydra-core", "safetensors", "opacus")
 
 
@@ -120,7 +121,7 @@ class Recorder:
 
     def begin(self) -> None:
         """Clear what an earlier run left, and write config.json and env.json."""
-        for name in (SUMMARY, ROUNDS, CURVES, ADAPTER, PRIVACY):  # the mark of a finished run goes first
+        for name in (SUMMARY, ROUNDS, CURVES, ADAPTER, MERGED, PRIVACY):  # the mark of a finished run goes first
             _remove(self.folder / name)
         self.write(CONFIG, dataclasses.asdict(self.config))
         self.write(ENV, environment())

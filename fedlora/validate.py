@@ -22,6 +22,8 @@ def validate(config: Config) -> None:
     _check_privacy(config)
     _check_data(config)
     check.positive(**{"adapter.rank": config.adapter.rank})
+    _check_ranks(config)
+    _check_server(config)
     check.positive(**{"adapter.alpha": config.adapter.alpha})
     check.below_one(**{"adapter.dropout": config.adapter.dropout})
     check.positive(**{"evaluate.every": config.evaluate.every})
@@ -37,6 +39,67 @@ def validate(config: Config) -> None:
         check.positive(**{"engine.workers": config.engine.workers})
     if config.engine.gpus_per_worker is not None:
         check.not_negative(**{"engine.gpus_per_worker": config.engine.gpus_per_worker})
+
+
+def _check_ranks(config: Config) -> None:
+    adapter = config.adapter
+    if adapter.ranks is not None and adapter.memory is not None:
+        raise ConfigError("adapter.ranks and adapter.memory both set the clients' ranks; remove one of them")
+    for name, values in (("adapter.ranks", adapter.ranks), ("adapter.memory", adapter.memory)):
+        if values is None:
+            continue
+        if isinstance(values, dict) and values:
+            given = list(values)
+            if any(not isinstance(share, int | float) or share <= 0 for share in values.values()) or (
+                abs(sum(values.values()) - 1) > 1e-6
+            ):
+                raise ConfigError(f"{name}={values}: shares must be above 0 and add up to 1, as in {name}={{4:.5,8:.5}}")
+        elif isinstance(values, list) and len(values) == config.clients:
+            given = values
+        elif isinstance(values, list):
+            raise ConfigError(f"{name} lists {len(values)} clients, and clients={config.clients}; give one for each")
+        else:
+            raise ConfigError(f"{name}={values} must be a list with one for each client, or shares such as {{4:.5,8:.5}}")
+        for value in given:
+            number = float(value) if str(value).replace(".", "", 1).isdigit() else 0.0
+            if number <= 0 or (name == "adapter.ranks" and not number.is_integer()):
+                raise ConfigError(f"{name} has {value}, which is no {'rank' if name == 'adapter.ranks' else 'size in MB'}")
+            if name == "adapter.ranks" and number > adapter.rank:
+                raise ConfigError(f"adapter.ranks has {value}, above adapter.rank={adapter.rank}; set adapter.rank={value}")
+    if (adapter.ranks or adapter.memory) is not None:
+        for setting, bad in (
+            ("privacy=user", config.privacy.name == "user"),
+            ("server.mean", config.server.mean != "weighted"),
+        ):
+            if bad:
+                raise ConfigError(
+                    f"adapter.ranks and adapter.memory do not go with {setting}, which needs updates of one shape"
+                )
+
+
+def _check_server(config: Config) -> None:
+    server, compression = config.server, config.compression
+    check.one_of(("weighted", "median", "trimmed", "norm_filter"), **{"server.mean": server.mean})
+    check.one_of(("none", "momentum", "adam"), **{"server.optimizer": server.optimizer})
+    check.positive(**{"server.lr": server.lr, "server.norm_factor": server.norm_factor, "server.tau": server.tau})
+    check.below_one(**{"server.momentum": server.momentum, "server.beta2": server.beta2})
+    if not 0 <= server.trim < 0.5:
+        raise ConfigError(f"server.trim={server.trim} must be at least 0 and below 0.5, since it is cut off at both ends")
+    if server.mean != "weighted" and config.privacy.name == "user":
+        raise ConfigError(f"server.mean={server.mean} does not go with privacy=user, whose noise is made for a clipped sum")
+    check.one_of(("none", "float16", "int8", "int4", "top_k"), **{"compression.up": compression.up})
+    check.one_of(("none", "float16", "int8", "int4"), **{"compression.down": compression.down})
+    check.fraction(**{"compression.top_k": compression.top_k})
+    check.one_of(("plain", "secure"), aggregation=config.aggregation)
+    check.not_negative(**{"train.proximal": config.train.proximal})
+    if config.aggregation == "secure":
+        for setting, bad in (
+            ("privacy=user", config.privacy.name == "user"),
+            (f"server.mean={server.mean}", server.mean != "weighted"),
+            (f"compression.up={compression.up}", compression.up != "none"),
+        ):
+            if bad:
+                raise ConfigError(f"aggregation=secure does not go with {setting}, which needs what each client sends")
 
 
 def engine_names() -> list[str]:

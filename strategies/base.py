@@ -1,52 +1,35 @@
 """What every federated LoRA strategy shares: a real Flower strategy around one pure `merge`.
 
-A subclass is the paper's server step and nothing else. This file draws the cohort, checks what clients send, averages
-what is not an adapter (the head), counts bytes, measures the round, and speaks Flower.
+A subclass is the paper's server step and nothing else. This file draws the cohort, averages what is not an adapter (the
+head), measures the round, and speaks Flower; `strategies.wire` is what travels.
 """
 
 from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, replace
-from typing import Annotated, Any, ClassVar
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Annotated, Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 
 from fedlora import check, messages
-from fedlora.check import RunError
+from fedlora.check import ConfigError, RunError
 from fedlora.messages import ServerState, Update
 from fedlora.participation import draw_cohort
 from strategies.metrics import client_metrics, geometry, signal_to_noise
-from strategies.updates import MANY, Sum, average_dense, read_update
+from strategies.rollcall import RollCall
+from strategies.updates import average_dense
+from strategies.wire import Ask, RoundReport, Wire, whole
+
+__all__ = ["FlowerFedAvg", "LoRAStrategy", "RoundReport"]
 
 
-@dataclass
-class RoundReport:
-    """What happened in one round, as the server saw it."""
-
-    round: int
-    cohort: list[int]  # clients drawn
-    drops: dict[int, str] = field(default_factory=dict)  # client → why its update was not used
-    bytes_up: int = 0
-    bytes_down: int = 0
-    seconds_train: float = 0.0  # from handing the messages to the grid to having the replies
-    seconds_merge: float = 0.0
-    metrics: dict[str, float] = field(default_factory=dict)
-    sent_at: float = 0.0  # time.perf_counter() when the messages were handed to the grid
-
-    def as_row(self, started: float) -> dict[str, Any]:
-        """The round as a line of rounds.jsonl; `started` is the run's own time.perf_counter()."""
-        row = asdict(self)
-        metrics, sent_at = row.pop("metrics"), row.pop("sent_at")
-        return row | metrics | {"started": sent_at - started}
-
-
-class LoRAStrategy(FlowerFedAvg):
+class LoRAStrategy(Wire):
     """Base of all strategies; usable in anybody's ServerApp, whose clients answer with PEFT's array names.
 
     Keywords besides Flower's own (`fraction_train`, `min_available_nodes`, …):
@@ -54,13 +37,10 @@ class LoRAStrategy(FlowerFedAvg):
     `seed` draws the cohorts, `min_success` is the share of a cohort that must return a usable update (a round below it
     raises RunError), `patience` the seconds to wait for `min_available_nodes` to come online, `evaluate_every` the rounds
     from one evaluation on the clients to the next. With `poisson` every node is drawn by itself, with the probability
-    `fraction_train` gives it, so that cohorts vary in size.
+    `fraction_train` gives it, so that cohorts vary in size. `ranks` are those of clients 0, 1, …, none above the state's.
+    `round_timeout` is how many seconds further messages of a round are waited for (the first ones: Flower's `timeout`).
+    With `derive` the clients are fedlora's own, which know how everything began: only what they cannot derive is sent down.
     """
-
-    trains: ClassVar[str] = "AB"  # what a client updates and sends: "AB", "B", "A" or "R"
-    paper: ClassVar[str]  # name and arXiv number
-    exact: ClassVar[bool]  # whether the merged product is Σ p_k B_k A_k
-    linear: ClassVar[bool] = False  # whether merge needs no more of the updates than their weighted mean
 
     def __init__(
         self,
@@ -72,31 +52,46 @@ class LoRAStrategy(FlowerFedAvg):
         patience: float = 600.0,
         evaluate_every: int = 1,
         poisson: bool = False,
+        ranks: Sequence[int] | None = None,
+        derive: bool = False,
+        round_timeout: float = 3600.0,
         **flower: Any,
     ) -> None:
         evaluated = flower.pop("fraction_evaluate", 0.0)
         super().__init__(**flower)
         self.fraction_evaluate = evaluated  # set here, since Flower logs a warning for 0, our default
         self.init = check.one_of(("kaiming", "orthonormal", "pissa"), **{"strategy.init": init})
-        self.scale, self.seed, self.patience, self.evaluate_every = scale, seed, patience, evaluate_every
+        self.scale, self.seed, self.evaluate_every, self.poisson = scale, seed, evaluate_every, poisson
         self.min_success = check.fraction(min_success=min_success)
-        self.state: ServerState | None = None
-        self.report: RoundReport | None = None  # of the newest round
+        self.ranks, self.derive, self.round_timeout = ranks, derive, round_timeout
+        if ranks is not None and self.unequal not in ("native", "padded"):
+            raise ConfigError(f"adapter.ranks does not go with strategy={self.name}: {self.unequal}; give all clients one rank")
+        self.state = None
+        self.initial, self.report = {}, None
         # Called with each round's cohort before anything is sent; returns who takes part (a budget may be spent).
         self.admit: Callable[[int, list[int]], list[int]] = lambda round, cohort: cohort
         # Where set, turns what clients sent into what may be merged, an empty list too (user-level privacy).
         self.release: Callable[[ServerState, list[Update], int, str], list[Update]] | None = None
-        self.poisson = poisson
-        self._clients: dict[int, int] = {}  # node id → client
-        self._named = False  # whether any node has said which client it is
-        self._sent: list[Message] = []
+        # Where set, the same for a mean that bears with outliers, of the factors that clients send.
+        self.robust: Callable[[ServerState, list[Update], str], list[Update]] | None = None
+        # Where set, moves from the state before to what a merge made of these factors its own way (momentum, Adam).
+        self.optimizer: Callable[[ServerState, ServerState, str], ServerState] | None = None
+        # Where set, asks for sums of what clients keep, so that nobody's own is ever sent (secure aggregation).
+        self.sum_of: Callable[[ServerState, list[Update], Ask], list[Update]] | None = None
+        self._roll = RollCall(patience)
+        self._sent, self._job = [], ConfigRecord()
+        self._grid = None
+
+    def gather(self, state: ServerState, updates: list[Update], round: int, ask: Ask) -> list[Update]:
+        """What is merged, from what clients sent; one that `withholds` asks for more of it here."""
+        return updates
 
     @abstractmethod
     def merge(self, state: ServerState, updates: list[Update], round: int) -> ServerState:
         """The paper's server step, pure: the state after `round` from the state before it and the clients' updates.
 
-        `updates` come sorted by client and complete: a factor that a client does not train is the one broadcast. The
-        state's dense arrays are averaged already.
+        `updates` come sorted by client, complete and in the state's scale: a factor that a client did not send is the one
+        it was given. The state's dense arrays are averaged already.
         """
 
     # ---- Flower's hooks
@@ -105,9 +100,11 @@ class LoRAStrategy(FlowerFedAvg):
         """Messages for this round's cohort, drawn from (seed, round) alone and the same on every grid."""
         sent = messages.state_of(arrays, self.scale)
         if self.state is None or server_round == 1:  # Flower's start() counts from 1: a new run begins with a new memory
-            self.state = sent
-        self.state = replace(self.state, adapters=sent.adapters, dense=sent.dense)
-        nodes = self._roll_call(grid)
+            self.state, self.initial = sent, sent.adapters
+        dense = {} if self.personal else sent.dense
+        self.state = replace(self.state, adapters=sent.adapters, dense=dense, base_correction=sent.base_correction)
+        self._grid = grid
+        nodes = self._nodes(grid)
         drawn = draw_cohort(self.seed, server_round, sorted(nodes), self._size(len(nodes)), self.poisson)
         cohort = self.admit(server_round, drawn)
         if not cohort and self.release is None:
@@ -121,8 +118,12 @@ class LoRAStrategy(FlowerFedAvg):
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check the replies, average the dense arrays, merge, and measure. Raises RunError if too few are usable."""
         assert self.state is not None and self.report is not None, "configure_train comes first"
-        report, before = self.report, self.state
-        updates, merged = self._receive(replies)
+        report, before, sends = self.report, self.state, self.sends(server_round)
+        updates, merged = self._receive(replies, server_round)
+        if updates:
+            ask = self._ask
+            merged = self.sum_of(before, merged, ask) if self.sum_of else self.gather(before, merged, server_round, ask)
+        updates = [update for update in updates if update.client not in report.drops]
         received_at = time.perf_counter()
         report.seconds_train = received_at - report.sent_at
         needed = int(np.ceil(round(self.min_success * len(report.cohort), 9)))  # .55 of 20 is 11
@@ -133,20 +134,25 @@ class LoRAStrategy(FlowerFedAvg):
                 f"round {server_round}: {len(updates)} of {len(report.cohort)} clients returned a usable update, "
                 f"min_success={self.min_success} asks for {needed} ({reasons})"
             )
+        if self.robust:
+            merged = self.robust(before, merged, sends)
         if self.release:
-            merged = self.release(before, updates, server_round, self.trains)
+            merged = self.release(before, merged, server_round, sends)
         self.state = self.merge(replace(before, dense=average_dense(merged)), merged, server_round)
+        if self.optimizer:
+            self.state = self.optimizer(before, self.state, sends)
+        self.state = self._derivable(self.state)
         report.seconds_merge = time.perf_counter() - received_at
         report.metrics |= (
             geometry(before, self.state, merged) | client_metrics(updates) | signal_to_noise(before, merged, updates)
         )
-        return messages.pack(self.state.adapters, self.state.dense), MetricRecord(dict(report.metrics))
+        return messages.pack(*whole(self.state)), MetricRecord(dict(report.metrics))
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """Messages that ask every client to test the merged model on what it holds back, if fraction_evaluate is set."""
         if self.fraction_evaluate == 0.0 or server_round % self.evaluate_every:
             return []
-        nodes = self._roll_call(grid)
+        nodes = self._nodes(grid)
         sent = self._messages(arrays, config, server_round, [nodes[c] for c in sorted(nodes)], MessageType.EVALUATE)
         if self.report is not None:
             self.report.bytes_down += sum(messages.array_bytes(message.content) for message in sent)
@@ -167,81 +173,22 @@ class LoRAStrategy(FlowerFedAvg):
         }
         if self.report is not None:
             self.report.metrics |= spread
+            named = {int(m[messages.CLIENT]): m["accuracy"] for m in tested if messages.CLIENT in m}  # type: ignore[arg-type]
+            self.report.client_accuracy = dict(sorted(named.items()))  # type: ignore[arg-type]
         return MetricRecord(dict(spread))
 
     def summary(self) -> None:
         """Nothing: the runtime prints what differs from the defaults, and Flower's table would say it again."""
 
-    # ---- the parts
+    @property
+    def withheld(self) -> bool:  # type: ignore[override]
+        """Whether clients keep what they trained until they are asked."""
+        return self.withholds or self.sum_of is not None
+
+    @property
+    def streams(self) -> bool:  # type: ignore[override]
+        """Whether no more than the sum of the updates is needed."""
+        return self.linear and not (self.withheld or self.release or self.robust)
 
     def _size(self, available: int) -> int:
         return min(available, max(round(available * self.fraction_train), self.min_train_nodes, 1))
-
-    def _messages(
-        self, arrays: ArrayRecord, config: ConfigRecord, server_round: int, nodes: list[int], kind: str
-    ) -> list[Message]:
-        config[messages.ROUND], config[messages.TRAINS] = server_round, self.trains
-        content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
-        return list(self._construct_messages(content, nodes, kind))
-
-    def _roll_call(self, grid: Grid) -> dict[int, int]:
-        """Client → node id. Node ids are random on some grids, so each new node is asked once which client it is.
-
-        As long as no node answers (a ClientApp without a query function) new ones are numbered in the order of their
-        ids; where only some do, the silent ones stay out and are asked again in the next round.
-        """
-        deadline = time.monotonic() + self.patience
-        while len(nodes := sorted(grid.get_node_ids())) < self.min_available_nodes:
-            if time.monotonic() > deadline:
-                raise RunError(f"{len(nodes)} of {self.min_available_nodes} nodes came online in {self.patience:g} s")
-            time.sleep(0.1)
-        if new := [node for node in nodes if node not in self._clients]:
-            queries = self._construct_messages(RecordDict(), new, MessageType.QUERY)
-            replies = list(grid.send_and_receive(queries, timeout=self.patience))
-            named = {r.metadata.src_node_id: client for r in replies if (client := answered(r)) is not None}
-            self._named |= bool(named)
-            self._clients |= named if self._named else {node: i for i, node in enumerate(new, len(self._clients))}
-        return {self._clients[node]: node for node in nodes if node in self._clients}
-
-    def _receive(self, replies: Iterable[Message]) -> tuple[list[Update], list[Update]]:
-        """The usable updates in order of client, and what there is to merge; other replies are named in the report.
-
-        What there is to merge are the same updates; or, of a large cohort where nothing but the mean is needed, that mean
-        as one update, and of each client only what it measured.
-        """
-        assert self.state is not None and self.report is not None
-        sent = [m.metadata for m in self._sent]
-        by_message = {m.message_id: self._clients[m.dst_node_id] for m in sent if m.message_id}  # some grids set no ids
-        total = Sum(self.trains) if self.linear and self.release is None and len(self.report.cohort) >= MANY else None
-        updates: dict[int, Update] = {}
-        for reply in replies:
-            about = reply.metadata  # where a node was killed the SuperLink answers for it, so the source is the last resort
-            client = by_message.get(about.reply_to_message_id) if by_message else self._clients.get(about.src_node_id)
-            if client is None or client not in self.report.cohort or client in updates:
-                continue  # not a reply to this round
-            if reply.has_error():
-                self.report.drops[client] = ((reply.error.reason or "").strip() or "error").splitlines()[-1]
-                continue
-            self.report.bytes_up += messages.array_bytes(reply.content)
-            try:
-                update = read_update(client, reply.content, self.state, self.weighted_by_key, self.trains)
-            except ValueError as reason:
-                self.report.drops[client] = str(reason)
-                continue
-            if total is not None:
-                total.add(update)
-                update = replace(update, adapters={}, dense={})
-            updates[client] = update
-        for client in self.report.cohort:
-            if client not in updates:
-                self.report.drops.setdefault(client, "no reply in time")
-        self.report.drops = dict(sorted(self.report.drops.items()))  # replies come in any order
-        self._sent = []
-        in_order = [updates[client] for client in sorted(updates)]
-        return in_order, in_order if total is None else [total.mean(self.state)] if in_order else []
-
-
-def answered(reply: Message) -> int | None:
-    """The client that a reply to the roll call names, if it names one."""
-    records = reply.content.metric_records.values() if reply.has_content() else ()
-    return next((int(m[messages.CLIENT]) for m in records if messages.CLIENT in m), None)  # type: ignore[arg-type]

@@ -25,6 +25,10 @@ class FedSVD(LoRAStrategy):
     paper = "FedSVD, 2505.12805"
     exact = True
     linear = True
+    down = "BR"
+    steady = False
+    unequal = "every B is averaged in the one row space of A"
+    private = "strong, noise enters B alone and A is orthonormal"
 
     def __init__(self, *, every: Annotated[int, "refactor in every k-th round only"] = 1, **keywords: Any) -> None:
         super().__init__(**keywords)

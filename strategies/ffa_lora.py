@@ -25,6 +25,9 @@ class FFALoRA(LoRAStrategy):
     paper = "FFA-LoRA, 2403.12313"
     exact = True
     linear = True
+    down = "B"
+    unequal = "every B is averaged in the one row space of A"
+    private = "strong, noise enters B alone"
 
     def merge(self, state: ServerState, updates: list[Update], round: int) -> ServerState:
         """(A, B̄) of every layer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 from flwr.app import RecordDict
@@ -14,24 +15,53 @@ from fedlora.messages import ServerState, Update
 MANY = 256  # clients in a cohort from which what grows with their number is left out, and a mean is summed as they come
 
 
-def read_update(client: int, content: RecordDict, state: ServerState, weight_key: str, trains: str) -> Update:
-    """One client's reply as an Update, in the dtype of the broadcast.
+def at_rank(state: ServerState, rank: int) -> ServerState:
+    """What a client of a lower rank is given: the first rows of A and columns of B, and the scale alpha / rank of its own.
 
+    B is divided by what that scale is larger by, so that the product with the scale is that of the same rows and columns.
+    At the state's own rank it is the state itself.
+    """
+    own = next(iter(state.adapters.values())).rank
+    if rank == own:
+        return state
+    cut = {name: Pair(pair.A[:rank], pair.B[:, :rank] * pair.B.dtype.type(rank / own)) for name, pair in state.adapters.items()}
+    return replace(state, adapters=cut, scale=state.scale * own / rank)
+
+
+def in_scale(update: Update, scale: float, state: ServerState, padded: bool) -> Update:
+    """The update of a client whose own scale is `scale`, in that of the state: what it is larger by goes into B.
+
+    With `padded`, at the rank of the state too, by zeros.
+    """
+    if scale == state.scale:
+        return update
+    own, factor = next(iter(state.adapters.values())).rank, scale / state.scale
+    pairs = {name: Pair(pair.A, pair.B * pair.B.dtype.type(factor)) for name, pair in update.adapters.items()}
+    return replace(update, adapters={name: lowrank.pad(pair, own) if padded else pair for name, pair in pairs.items()})
+
+
+def read_update(client: int, content: RecordDict, state: ServerState, weight_key: str, sends: str | None) -> Update:
+    """One client's reply as an Update, in the dtype of what it was given: `state`, which completes what it did not send.
+
+    `sends` names the factors that it must send, with all dense arrays; None: it keeps its arrays.
     Raises ValueError for another shape, a missing or unknown array, NaN or infinity, or examples that cannot be counted.
     """
     arrays = next(iter(content.array_records.values()), None)
     metrics = next(iter(content.metric_records.values()), None)
     if arrays is None or metrics is None or weight_key not in metrics:
         raise ValueError(f"the reply lacks its arrays or its {weight_key}")
-    factors, dense = messages.unpack(arrays)
-    adapters, dense = messages.complete(factors, state.adapters), messages.complete_dense(dense, state.dense)
-    for layer, sent in sorted(factors.items()):
-        if lacking := set(trains) - set(sent):
-            raise ValueError(f"{layer}.lora_{min(lacking)} is missing")
-    named = {f"{layer}.lora_{f}": a for layer, pair in adapters.items() for f, a in pair._asdict().items()}
-    for name, array in (named | dense).items():
+    adapters, dense = state.adapters, state.dense
+    if sends is not None:
+        factors, dense, _ = messages.unpack(arrays)
+        dense = messages.complete_dense(dense, state.dense)
+        if sends or factors:
+            adapters = messages.complete(factors, state.adapters)
+        for layer, sent in sorted(factors.items()):
+            if lacking := set(sends) - set(sent):
+                raise ValueError(f"{layer}.lora_{min(lacking)} is missing")
+    for name, array in messages.named(adapters, dense).items():
         if not np.isfinite(array).all():
-            raise ValueError(f"{name} has NaN or infinite entries")
+            raise ValueError(f"{name.removesuffix('.weight')} has NaN or infinite entries")
     examples = metrics[weight_key]
     if isinstance(examples, list) or not (examples >= 1 and float(examples).is_integer()):
         raise ValueError(f"{weight_key} is {examples}")

@@ -26,7 +26,7 @@ def head(dtype: type = np.float32) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_pack_and_unpack_are_inverse(dtype: type) -> None:
-    factors, dense = messages.unpack(messages.pack(adapters(dtype), head(dtype)))
+    factors, dense, _ = messages.unpack(messages.pack(adapters(dtype), head(dtype)))
     for layer, pair in adapters(dtype).items():
         for factor, array in pair._asdict().items():
             assert factors[layer][factor].dtype == dtype
@@ -78,7 +78,7 @@ def test_unpacked_arrays_are_copies_that_may_be_written() -> None:
     "name", ["head.weight", "lora_A.weight", "x.lora_B.bias", "x.lora_magnitude_vector", "a.lora_C.weight"]
 )
 def test_what_is_no_factor_is_dense(name: str) -> None:
-    factors, dense = messages.unpack(ArrayRecord({name: Array(np.ones(2))}))
+    factors, dense, _ = messages.unpack(ArrayRecord({name: Array(np.ones(2))}))
     assert not factors and list(dense) == [name]
 
 

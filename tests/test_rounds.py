@@ -96,7 +96,7 @@ def initial(seed: int = 0) -> ArrayRecord:
 
 def trained(client: int, message: Message, trains: str, examples: Any = None) -> RecordDict:
     """What a client sends: the trained factors and the head, moved by its own random stream of this round."""
-    factors, dense = messages.unpack(message.content.array_records[messages.ARRAYS])
+    factors, dense, _ = messages.unpack(message.content.array_records[messages.ARRAYS])
     round = message.content.config_records[messages.CONFIG][messages.ROUND]
     rng = seeds.stream(0, "test", client, cast(int, round))
     arrays = {
@@ -177,7 +177,7 @@ def test_a_started_strategy_does_what_merge_says(name: str) -> None:
     ]
     updates = []
     for client, content in enumerate(sent):
-        factors, dense = messages.unpack(content.array_records["arrays"])
+        factors, dense, _ = messages.unpack(content.array_records["arrays"])
         updates.append(strategies.Update(client, 10 + client, messages.complete(factors, before.adapters), dense))
     expected = strategies.make(name).merge(before, updates, 1)
     for layer, pair in strategy.state.adapters.items():

@@ -10,7 +10,7 @@ from flwr.serverapp import Grid
 
 from fedlora.config import Config
 from fedlora.engines import OnReply, cohort
-from fedlora.engines.local import LocalGrid, play
+from fedlora.engines.local import LocalGrid
 
 
 class InlineGrid(LocalGrid):
@@ -25,7 +25,7 @@ class InlineGrid(LocalGrid):
         for together in self.cohorts(messages):
             if time.monotonic() > deadline:
                 return
-            yield from play(self.app, together, self.clients)
+            yield from self.play(together)
 
 
 class InlineEngine:

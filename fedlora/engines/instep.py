@@ -71,6 +71,9 @@ def _play(asked: dict[int, tuple[InStepGrid, list[Message]]]) -> dict[int, list[
     everything = [message for _, messages in asked.values() for message in messages]
     for kind in dict.fromkeys(message.metadata.message_type for message in everything):
         for together in grid.cohorts([message for message in everything if message.metadata.message_type == kind]):
-            for message, reply in zip(together, play(grid.app, together, grid.clients), strict=True):
-                replies[owners[id(message)]].append(reply)
+            grids = [asked[owners[id(message)]][0] for message in together]
+            states = [own.states_of([message])[0] for own, message in zip(grids, together, strict=True)]
+            played, kept = play(grid.app, together, states, grid.clients)
+            for own, message, reply, state in zip(grids, together, played, kept, strict=True):
+                replies[owners[id(message)]] += own.remember([reply], [state])
     return replies

@@ -20,12 +20,17 @@ WORKER_LOST = 8  # and for a process that died
 
 
 class LocalGrid(Grid):
-    """Nodes 1 … `clients`, node k being client k − 1; a subclass says how a batch of messages is executed."""
+    """Nodes 1 … `clients`, node k being client k − 1; a subclass says how a batch of messages is executed.
+
+    `states` holds what each client keeps for itself from one message to the next (`Context.state`), by node; a client that
+    keeps nothing is not in it. It changes only with a reply: a client that is run again starts from the state it had.
+    """
 
     def __init__(self, clients: int, app: str, cohort: int | None, on_reply: Callable[[int], None]) -> None:
         self.clients, self.app, self.cohort, self.on_reply = clients, load_app(app), cohort, on_reply
         self._sent = 0
         self._replies: dict[str, Message] = {}
+        self.states: dict[int, RecordDict] = {}
         # Outside a Flower process nobody has said who we are, and without that no Message can be made.
         TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0
         self._run = Run.create_empty(run_id=1)
@@ -71,7 +76,7 @@ class LocalGrid(Grid):
             self._sent += 1
             message.metadata.__dict__["_message_id"] = f"m{self._sent}"
         asking = bool(batch) and batch[0].metadata.message_type == MessageType.QUERY
-        replies = (call(self.app, message, self.clients) for message in batch) if asking else self.execute(batch, timeout)
+        replies = self.play(batch, one_by_one=True) if asking else self.execute(batch, timeout)
         for count, reply in enumerate(replies, 1):
             self.on_reply(count)
             yield reply
@@ -81,8 +86,24 @@ class LocalGrid(Grid):
         training = bool(batch) and batch[0].metadata.message_type == MessageType.TRAIN
         if not training or self.cohort == 1 or not hasattr(self.app, "together"):
             return [[message] for message in batch]
-        places = self.app.cohorts([(message, _context(message, self.clients)) for message in batch], self.cohort)
+        places = self.app.cohorts([(message, context_of(message, self.clients)) for message in batch], self.cohort)
         return [[batch[place] for place in cohort] for cohort in places]
+
+    def states_of(self, batch: list[Message]) -> list[RecordDict | None]:
+        """What the clients of these messages have kept."""
+        return [self.states.get(message.metadata.dst_node_id) for message in batch]
+
+    def play(self, batch: list[Message], one_by_one: bool = False) -> Iterator[Message]:
+        """The replies to messages that are played together, here."""
+        for part in [[message] for message in batch] if one_by_one else [batch]:
+            yield from self.remember(*play(self.app, part, self.states_of(part), self.clients))
+
+    def remember(self, replies: list[Message], kept: list[RecordDict | None]) -> list[Message]:
+        """The replies, the clients' states with them taken over."""
+        for reply, state in zip(replies, kept, strict=True):
+            if state:
+                self.states[reply.metadata.src_node_id] = state
+        return replies
 
     def _keep(self, replies: Iterable[Message]) -> Iterator[Message]:
         for reply in replies:
@@ -97,28 +118,35 @@ def carrying(message: Message, content: RecordDict) -> Message:
     return other
 
 
-def play(app: Any, batch: list[Message], clients: int) -> list[Message]:
-    """The replies of the ClientApp, in order; several messages go to it together.
+def play(
+    app: Any, batch: list[Message], states: list[RecordDict | None], clients: int
+) -> tuple[list[Message], list[RecordDict | None]]:
+    """The replies of the ClientApp, in order, and each client's state after it; several messages go to it together.
 
-    Where that raises, each client is played by itself, so that the one to blame is the one that is named.
+    Where that raises, each client is played by itself, so that the one to blame is the one that is named. A client that
+    failed keeps the state that it had.
     """
     if len(batch) > 1:
         with contextlib.suppress(Exception):
-            replies: list[Message] = app.together([(message, _context(message, clients)) for message in batch])
-            return replies
-    return [call(app, message, clients) for message in batch]
+            contexts = [context_of(message, clients, state) for message, state in zip(batch, states, strict=True)]
+            replies: list[Message] = app.together(list(zip(batch, contexts, strict=True)))
+            return replies, [context.state or None for context in contexts]
+    played = [_call(app, message, state, clients) for message, state in zip(batch, states, strict=True)]
+    return [reply for reply, _ in played], [state for _, state in played]
 
 
-def call(app: Any, message: Message, clients: int) -> Message:
-    """The reply of the ClientApp, run as Flower runs it; an exception in it becomes an error reply with its sentence."""
+def _call(app: Any, message: Message, state: RecordDict | None, clients: int) -> tuple[Message, RecordDict | None]:
+    """The ClientApp, run as Flower runs it; an exception in it becomes an error reply with its sentence."""
+    context = context_of(message, clients, state)
     try:
-        reply: Message = app(message, _context(message, clients))
+        return app(message, context), context.state or None
     except Exception as error:
-        return Message(Error(CLIENT_RAISED, f"{type(error).__name__}: {error}"), reply_to=message)
-    return reply
+        return Message(Error(CLIENT_RAISED, f"{type(error).__name__}: {error}"), reply_to=message), state
 
 
-def _context(message: Message, clients: int) -> Context:
+def context_of(message: Message, clients: int, state: RecordDict | None = None) -> Context:
+    """Who the ClientApp is that gets the message, with a copy of the state that it may change."""
     node = message.metadata.dst_node_id
     place = UserConfig({"partition-id": node - 1, "num-partitions": clients})
-    return Context(run_id=message.metadata.run_id, node_id=node, node_config=place, state=RecordDict(), run_config=UserConfig())
+    own = RecordDict(dict(state)) if state else RecordDict()
+    return Context(run_id=message.metadata.run_id, node_id=node, node_config=place, state=own, run_config=UserConfig())

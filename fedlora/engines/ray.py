@@ -41,12 +41,18 @@ class Worker:
         assert bench.rows is not None  # encodes the examples and tries them
         return os.getpid()
 
-    def play(self, batch: list[Message], contents: list[Any], clients: int) -> list[Message]:
-        """The ClientApp's replies. `contents` has a reference for each message; in a list, Ray does not take their values."""
+    def play(
+        self, batch: list[Message], contents: list[Any], states: list[RecordDict | None], clients: int
+    ) -> tuple[list[Message], list[RecordDict | None]]:
+        """The ClientApp's replies, and what each client keeps.
+
+        `contents` has a reference for each message; in a list, Ray does not take their values.
+        """
         import ray
 
         self.held = {key: self.held[key] if key in self.held else ray.get(key) for key in dict.fromkeys(contents)}
-        return play(self.app, [carrying(m, self.held[key]) for m, key in zip(batch, contents, strict=True)], clients)
+        carried = [carrying(m, self.held[key]) for m, key in zip(batch, contents, strict=True)]
+        return play(self.app, carried, states, clients)
 
 
 class Pool:
@@ -145,7 +151,7 @@ class RayGrid(LocalGrid):
         deadline = time.monotonic() + timeout if timeout is not None else math.inf
         waiting = deque((together, self.retries) for together in self.cohorts(messages))
         while waiting and self.ours and not self._up():
-            yield from play(self.app, waiting.popleft()[0], self.clients)
+            yield from self.play(waiting.popleft()[0])
             if time.monotonic() > deadline:
                 return
         if waiting:
@@ -175,7 +181,8 @@ class RayGrid(LocalGrid):
                     worker, (together, retries) = pool.idle.popleft(), waiting.popleft()
                     envelopes = [carrying(message, RecordDict()) for message in together]
                     contents = [references[id(message.content)] for message in together]
-                    running[worker.play.remote(envelopes, contents, self.clients)] = (worker, together, retries)
+                    reference = worker.play.remote(envelopes, contents, self.states_of(together), self.clients)
+                    running[reference] = (worker, together, retries)
                 watched = [*running, *(pool.warming if waiting else ())]
                 done, _ = ray.wait(watched, num_returns=1, timeout=left())
                 if not done:
@@ -184,7 +191,7 @@ class RayGrid(LocalGrid):
                     continue
                 worker, together, retries = running.pop(done[0])
                 try:
-                    replies = ray.get(done[0])
+                    replies = self.remember(*ray.get(done[0]))
                     pool.idle.append(worker)
                     yield from replies
                 except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError):

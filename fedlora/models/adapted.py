@@ -1,43 +1,34 @@
 """The base model with low-rank adapters in it, by PEFT: one resident model a process, adapters swapped in place.
 
-x ──┬── W0 (frozen) ───────────────┬─→ y          A  (r, n)   B  (m, r)
-    └── A ── B ── · alpha / rank ──┘
+x ──┬── W0 (frozen) ───────────────────────┬─→ y      A  (r, n)   B  (m, r)
+    ├── A ──(R)── B ── · alpha / rank ─────┤          R  (r, r), where there is one
+    └── correction, where there is one ────┘          a pair that a strategy has moved out of the adapters into the base
 """
 
 from __future__ import annotations
 
-import re
+import copy
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedlora import check, lowrank, seeds
+from fedlora import lowrank, messages, seeds
 from fedlora.check import ConfigError
 from fedlora.config import AdapterConfig
 from fedlora.lowrank import Adapters, Pair
 from fedlora.messages import Factors
 from fedlora.models.base import Base
 from fedlora.models.encode import PREFIX
+from fedlora.models.targets import block_numbers, file_name, head_modules, target_modules
 
 if TYPE_CHECKING:
     from fedlora.models.prefix import Prefix
-
-# Query and value projections under the names that transformers' models give them: the default of target_modules.
-_QUERY_VALUE = (
-    ("q_proj", "v_proj"),
-    ("query", "value"),
-    ("q_lin", "v_lin"),
-    ("query_proj", "value_proj"),
-    ("c_attn",),
-    ("query_key_value",),
-    ("Wqkv",),
-)
 
 
 class AdaptedModel:
@@ -53,7 +44,7 @@ class AdaptedModel:
         self.target_modules = target_modules(base.model, config.target_modules)
         self.head_is_new = bool(base.new)
         self.trains_head = self.head_is_new if config.train_head is None else config.train_head
-        saved = _head_modules(base) if self.trains_head or self.head_is_new else None
+        saved = head_modules(base) if self.trains_head or self.head_is_new else None
         lora = peft.LoraConfig(
             r=config.rank,
             lora_alpha=config.alpha,
@@ -66,12 +57,18 @@ class AdaptedModel:
             warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # PEFT sets it right for Conv1D by itself
             self.peft = peft.get_peft_model(base.model, lora).to(device)
         self.prefix: Prefix | None = None  # whoever makes batches that bring hidden states sets it
-        self.device, self.scale, self.base_dropout = device, config.alpha / config.rank, base.dropout
+        self.device, self.base_dropout = device, base.dropout
+        self.rank, self.scale = config.rank, config.alpha / config.rank
         names = {file_name(name): parameter for name, parameter in self.peft.named_parameters()}
         self._A = {n.removesuffix(".lora_A.weight"): p for n, p in sorted(names.items()) if n.endswith(".lora_A.weight")}
         self._B = {layer: names[f"{layer}.lora_B.weight"] for layer in self._A}
         heads = {n: p for n, p in sorted(names.items()) if ".lora_" not in n and p.requires_grad}
         self._head = heads if self.trains_head else {}
+        self._R: dict[str, nn.Parameter] = {}  # by the name on the wire; made when a broadcast first has them
+        self.mixes = False  # whether they act
+        self.correction: dict[str, tuple[Tensor, Tensor]] = {}  # A and B of each layer that has one
+        self._alpha = config.alpha
+        self._drawn: dict[tuple[str, int, int, bool], Adapters] = {}  # initial factors, the newest few
         paths = {file_name(name): name.rpartition(".")[0] for name, _ in self.peft.named_parameters()}
         self.owners = {array: self.peft.get_submodule(paths[array]) for array in self._head}  # of the head's arrays
         self.initial_head = self.dense()  # kept, since the resident model outlives a run that trains its head
@@ -82,45 +79,65 @@ class AdaptedModel:
                 parameter.data = parameter.data.to(getattr(torch, base.dtype))
         for owner in set(self.owners.values()):
             owner.register_forward_pre_hook(_in_float32)
+        for layer in self._A:
+            self._adapter(layer).base_layer.register_forward_hook(self._corrected(layer))
 
     @property
     def layers(self) -> list[str]:
         """The names of the adapted layers, sorted."""
         return list(self._A)
 
+    @property
+    def scale_written(self) -> float:
+        """alpha / rank, of the rank of the factors that were written last."""
+        return self._alpha / len(next(iter(self._A.values())))
+
     def adapters(self) -> Adapters:
         """A copy of the factors, float32."""
         return {layer: Pair(_numpy(self._A[layer]), _numpy(self._B[layer])) for layer in self._A}
 
     def dense(self) -> dict[str, np.ndarray]:
-        """A copy of the head's parameters, if it is trained; else nothing."""
-        return {name: _numpy(parameter) for name, parameter in self._head.items()}
+        """A copy of the head's parameters, if it is trained, and of R, where it acts; else nothing."""
+        return {name: _numpy(parameter) for name, parameter in self._beside().items()}
 
-    def write(self, factors: Factors | Adapters, dense: Mapping[str, np.ndarray]) -> None:
-        """Set the factors and the head in place; a factor that is absent keeps what stood there."""
+    def write(
+        self, factors: Factors | Adapters, dense: Mapping[str, np.ndarray], correction: Mapping[str, Pair] | None = None
+    ) -> None:
+        """Set the factors, the head, R and the base correction in place.
+
+        A factor or an array of the head that is absent keeps what stood there; R and correction that are absent do not act.
+        Factors of another rank than before take their place, with the scale alpha / rank that belongs to it.
+        """
+        self.mixes = any(messages.rotation(layer) in dense for layer in self._A)
+        self.correction = {
+            layer: tuple(torch.from_numpy(array).to(self.device) for array in pair)  # type: ignore[misc]
+            for layer, pair in (correction or {}).items()
+        }
         with torch.no_grad():
             for layer, pair in factors.items():
                 parts = pair._asdict() if isinstance(pair, Pair) else pair
                 for factor, array in parts.items():
-                    (self._A if factor == "A" else self._B)[layer].copy_(torch.from_numpy(array))
+                    _put((self._A if factor == "A" else self._B)[layer], array)
+                self._adapter(layer).scaling["default"] = self._alpha / len(self._A[layer])
+                if (name := messages.rotation(layer)) in dense:
+                    _put(self._mixed(layer, len(dense[name])), dense[name])
             for name, array in dense.items():
-                self._head[name].copy_(torch.from_numpy(array))
+                if name not in self._R:
+                    _put(self._head[name], array)
 
     def trainable(self, trains: str) -> list[nn.Parameter]:
-        """Makes the named factors ("AB", "A", "B") and the head, if it is trained, require gradients, and only those."""
-        for factor, parameters in (("A", self._A), ("B", self._B)):
-            for parameter in parameters.values():
-                parameter.requires_grad_(factor in trains)
-                parameter.grad = None
-        for parameter in self._head.values():
-            parameter.requires_grad_(True)
-            parameter.grad = None
+        """Makes the named factors ("AB", "A", "B" or none), R where it acts, and the head, if it is trained, require
+        gradients, and only those."""
+        self.freeze()
         chosen = [p for factor, ps in (("A", self._A), ("B", self._B)) if factor in trains for p in ps.values()]
-        return [*chosen, *self._head.values()]
+        chosen += self._beside().values()
+        for parameter in chosen:
+            parameter.requires_grad_(True)
+        return chosen
 
     def freeze(self) -> None:
         """No parameter of the model requires a gradient any more."""
-        for parameter in (*self._A.values(), *self._B.values(), *self._head.values()):
+        for parameter in (*self._A.values(), *self._B.values(), *self._R.values(), *self._head.values()):
             parameter.requires_grad_(False)
             parameter.grad = None
 
@@ -146,98 +163,117 @@ class AdaptedModel:
             output.loss = nn.functional.cross_entropy(output.logits.float(), batch["labels"])
         return output
 
-    def initial(self, init: str, seed: int) -> Adapters:
-        """The factors of round 0: B = 0 and A by `init`, from the stream (seed, adapters), layer by layer.
+    def initial(self, init: str, seed: int, drawn: int = 0, mixes: bool = False) -> Adapters:
+        """The factors of round `drawn`: B = 0 and A by `init`, from the stream (seed, adapters, drawn), layer by layer.
 
         kaiming: uniform in ±1/√n, PEFT's own (rows of norm about 0.577); orthonormal: A Aᵀ = I;
-        pissa: √S_r V_rᵀ of W0. Raises ConfigError for orthonormal or pissa with a rank above min(m, n).
+        pissa: √S_r V_rᵀ of W0. With `mixes`, where R is trained between them: orthonormal rows of A and columns of B, drawn
+        or (pissa) V_rᵀ and U_r. Not to be written to. Raises ConfigError for orthonormal or pissa with a rank above min(m, n).
         """
-        rng = seeds.stream(seed, "adapters")
-        return {layer: Pair(self._initial_A(layer, init, rng), np.zeros(self._B[layer].shape, np.float32)) for layer in self._A}
+        key = (init, seed, drawn, mixes)
+        if key not in self._drawn:
+            self._drawn = dict([*self._drawn.items()][-3:])
+            rng = seeds.stream(seed, "adapters", round=drawn)
+            self._drawn[key] = {layer: self._initial(layer, init, rng, mixes) for layer in self._A}
+        return self._drawn[key]
 
-    def _initial_A(self, layer: str, init: str, rng: np.random.Generator) -> np.ndarray:
-        rank, n = self._A[layer].shape
-        m = self._B[layer].shape[0]
+    def _initial(self, layer: str, init: str, rng: np.random.Generator, mixes: bool) -> Pair:
+        weight = self._adapter(layer).base_layer.weight
+        if self._adapter(layer).fan_in_fan_out:  # Conv1D keeps W0 transposed
+            weight = weight.T
+        rank, (m, n) = self.rank, weight.shape
         if init != "kaiming" and rank > min(m, n):
             raise ConfigError(
                 f"adapter.rank={rank} is above {min(m, n)}, the size of {layer}; lower it for strategy.init={init}"
             )
-        if init == "kaiming":
-            return rng.uniform(-1, 1, (rank, n)).astype(np.float32) / np.float32(np.sqrt(n))
-        if init == "orthonormal":
-            return lowrank.orthonormal_rows(rng.standard_normal((rank, n))).astype(np.float32)
-        module: Any = self.peft.get_submodule(layer)
-        weight = _numpy(module.base_layer.weight).astype(np.float64)
-        if module.fan_in_fan_out:  # Conv1D keeps W0 transposed
-            weight = weight.T
-        _, values, right = np.linalg.svd(weight, full_matrices=False)
-        return (np.sqrt(values[:rank])[:, None] * right[:rank]).astype(np.float32)
+        if init == "pissa":
+            left, values, right = np.linalg.svd(_numpy(weight).astype(np.float64), full_matrices=False)
+            A, B = right[:rank], left[:, :rank] if mixes else np.zeros((m, rank))
+            return Pair((A if mixes else np.sqrt(values[:rank])[:, None] * A).astype(np.float32), B.astype(np.float32))
+        A = lowrank.draw((rank, n), init, rng)
+        return Pair(A, lowrank.draw((rank, m), init, rng).T.copy() if mixes else np.zeros((m, rank), np.float32))
 
     def save(self, folder: Path) -> None:
-        """The adapter in PEFT's own format: `PeftModel.from_pretrained(base, folder)` reads it."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Could not find a config file")
-            self.peft.save_pretrained(str(folder))
+        """What was written, in PEFT's own format: `PeftModel.from_pretrained(base, folder)` reads it.
+
+        R is folded into A; with a base correction the adapter holds both, at the sum of their ranks.
+        """
+        whole, config = self._whole(), self.peft.peft_config["default"]
+        state = {name: tensor for name, tensor in self.peft.state_dict().items() if ".lora_R." not in name}
+        for layer, pair in whole.items():
+            for factor, array in pair._asdict().items():
+                state[f"{layer}.lora_{factor}.default.weight"] = torch.from_numpy(array)
+        usual = config.r, config.lora_alpha
+        config.r = next(iter(whole.values())).rank
+        config.lora_alpha = self.scale * config.r
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Could not find a config file")
+                self.peft.save_pretrained(str(folder), state_dict=state)
+        finally:
+            config.r, config.lora_alpha = usual
+
+    def save_merged(self, folder: Path) -> None:
+        """The base model with everything that was written merged into it: `AutoModel….from_pretrained(folder)` reads it."""
+        other = copy.deepcopy(self.peft)
+        with torch.no_grad():
+            for layer, pair in self._whole().items():
+                module: Any = other.get_submodule(layer)
+                for factor, array in pair._asdict().items():
+                    _put(getattr(module, f"lora_{factor}")["default"].weight, array)
+                module.scaling["default"] = self.scale
+        other.merge_and_unload().save_pretrained(str(folder))
+
+    def _whole(self) -> Adapters:
+        """R folded in and the correction beside it, all at one rank, in the scale alpha / rank of the settings."""
+        adapters, _ = messages.fold(self.adapters(), self.dense())
+        both = {
+            layer: lowrank.stack([Pair(*map(_numpy, self.correction[layer])), pair], np.ones(2))
+            if layer in self.correction
+            else pair
+            for layer, pair in adapters.items()
+        }
+        rank = max(pair.rank for pair in both.values())
+        return {layer: lowrank.pad(pair, rank) for layer, pair in both.items()}
+
+    def _beside(self) -> dict[str, nn.Parameter]:
+        """What is trained besides the factors, by name."""
+        return self._head | (self._R if self.mixes else {})
+
+    def _adapter(self, layer: str) -> Any:
+        return self.peft.get_submodule(layer)
+
+    def _mixed(self, layer: str, rank: int) -> nn.Parameter:
+        """R of a layer, put between its factors if it is not there yet."""
+        name = messages.rotation(layer)
+        if name not in self._R:
+            linear = nn.Linear(rank, rank, bias=False, device=self.device)
+            self._adapter(layer).lora_R = nn.ModuleDict({"default": linear})
+            self._adapter(layer).lora_A["default"].register_forward_hook(lambda _, x, y: linear(y) if self.mixes else y)
+            self._R[name] = cast(nn.Parameter, linear.weight)
+        return self._R[name]
+
+    def _corrected(self, layer: str) -> Any:
+        def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if layer not in self.correction:
+                return output
+            A, B = self.correction[layer]
+            return output + (self.scale * (inputs[0].to(A.dtype) @ A.T) @ B.T).to(output.dtype)
+
+        return add
+
+
+def _put(parameter: nn.Parameter, array: np.ndarray) -> None:
+    """The array into the parameter: in place, or in place of it where the shape is another."""
+    if parameter.shape == array.shape:
+        parameter.copy_(torch.from_numpy(array))
+    else:
+        parameter.data = torch.from_numpy(array).to(parameter.device, parameter.dtype, copy=True)
 
 
 def _in_float32(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """What a trained layer of the head is given by a base of lower precision."""
     return tuple(x.float() for x in inputs)
-
-
-def file_name(parameter: str) -> str:
-    """A parameter's name as PEFT writes it to adapter_model.safetensors."""
-    return parameter.replace(".modules_to_save.default.", ".").replace(".default.weight", ".weight")
-
-
-def target_modules(model: nn.Module, wanted: list[str]) -> list[str]:
-    """The endings of the layers to adapt; for an empty `wanted`, the query and value projections by their usual names."""
-    linear = [name for name, module in model.named_modules() if _adaptable(module)]
-    endings = {name.rpartition(".")[2] for name in linear}
-    if not wanted:
-        for names in _QUERY_VALUE:
-            if endings.issuperset(names):
-                return list(names)
-        raise ConfigError(
-            f"adapter.target_modules must be named for this model; its linear layers are {', '.join(sorted(endings))}"
-        )
-    for ending in wanted:
-        if not any(_ends(name, ending) for name in linear):
-            raise ConfigError(
-                f"adapter.target_modules={ending} matches no linear layer; {check.suggest(ending, endings)}"
-                + (f" (there are: {', '.join(sorted(endings))})" if len(endings) < 30 else "")
-            )
-    return list(wanted)
-
-
-def block_numbers(model: nn.Module, targets: list[str], wanted: list[int]) -> list[int] | None:
-    """The blocks to adapt, by their numbers from 0; None for all. Raises ConfigError for one that is not there."""
-    if not wanted:
-        return None
-    linear = [name for name, module in model.named_modules() if _adaptable(module)]
-    found = [re.match(r".*\.[^.]*\.(\d+)\.", name) for name in linear if any(_ends(name, ending) for ending in targets)]
-    count = 1 + max((int(match[1]) for match in found if match), default=-1)  # numbered as PEFT does: the last in a name
-    if wrong := [number for number in wanted if not -count <= number < count]:
-        raise ConfigError(
-            f"adapter.layers has {wrong[0]}, but this model has {count} blocks; use 0 to {count - 1}, or -1 for the last"
-        )
-    return sorted({number % count for number in wanted})
-
-
-def _adaptable(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
-def _ends(name: str, ending: str) -> bool:
-    return name == ending or name.endswith(f".{ending}")
-
-
-def _head_modules(base: Base) -> list[str]:
-    """What is not the pretrained body: the model's children beside it, and whatever inside it the checkpoint lacked."""
-    body = str(getattr(base.model, "base_model_prefix", ""))
-    head = [name for name, child in base.model.named_children() if name != body and any(True for _ in child.parameters())]
-    inside = {name.rpartition(".")[0] for name in base.new if name.split(".")[0] not in head}
-    return head + sorted(inside)
 
 
 def _numpy(parameter: Tensor) -> np.ndarray:

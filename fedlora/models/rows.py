@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedlora.messages import rotation
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.encode import Encoded
 
@@ -120,6 +121,8 @@ class Rows:
             if share and self.spans:
                 inner = inner * self._mask(inner, share)
             inner = inner @ A.mT if A.dim() == 2 else torch.bmm(inner, A.mT)
+            if (between := (rotation(layer), "")) in self.factors:
+                inner = torch.bmm(inner, self.factors[between].mT)
             delta = inner @ B.mT if B.dim() == 2 else torch.bmm(inner, B.mT)
             return (out + self.scale * delta.view(out.shape)).to(out.dtype)
 

@@ -1,0 +1,37 @@
+"""The server of an experiment: its strategy, and what the settings put around it."""
+
+from __future__ import annotations
+
+import strategies
+from fedlora.check import ConfigError
+from fedlora.config import Config
+from strategies import LoRAStrategy
+
+
+def make_strategy(config: Config) -> LoRAStrategy:
+    """The strategy of an experiment: its own settings, and what the runtime knows.
+
+    Raises ConfigError for settings that do not go with it.
+    """
+    unequal = config.adapter.ranks is not None or config.adapter.memory is not None
+    strategy = strategies.make(
+        **config.strategy,
+        scale=config.adapter.alpha / config.adapter.rank,
+        seed=config.seed,
+        min_success=config.min_success,
+        fraction_train=config.cohort_size / config.clients,
+        min_train_nodes=1,
+        min_available_nodes=config.clients,
+        fraction_evaluate=1.0 if config.evaluate.holdout else 0.0,
+        evaluate_every=config.evaluate.every,
+        poisson=config.poisson,
+        ranks=[config.adapter.rank] * config.clients if unequal else None,  # known when the model is: see `initial_state`
+        derive=True,
+        round_timeout=config.round_timeout,
+    )
+    if strategy.personal and not config.evaluate.holdout:
+        raise ConfigError(
+            f"strategy={strategy.name} leaves a part of every model on its client, so that the server has none to test; set "
+            "evaluate.holdout=0.2, and each client tests its own"
+        )
+    return strategy

@@ -1,0 +1,240 @@
+"""What travels between the server and its clients in a round, and what of it has to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, ClassVar
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
+
+from fedlora import lowrank, messages
+from fedlora.lowrank import Adapters, Pair
+from fedlora.messages import ServerState, Update
+from strategies.rollcall import RollCall
+from strategies.updates import MANY, Sum, at_rank, in_scale, read_update
+
+Contents = dict[int, dict[str, np.ndarray]]  # client → arrays by name
+Ask = Callable[[str, Contents], Contents]  # sends clients of the round a further message and gives their answers
+
+
+@dataclass
+class RoundReport:
+    """What happened in one round, as the server saw it."""
+
+    round: int
+    cohort: list[int]  # clients drawn
+    drops: dict[int, str] = field(default_factory=dict)  # client → why its update was not used
+    bytes_up: int = 0
+    bytes_down: int = 0
+    seconds_train: float = 0.0  # from handing the messages to the grid to having the replies
+    seconds_merge: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
+    client_accuracy: dict[int, float] = field(default_factory=dict)  # of the clients that tested the model in this round
+    sent_at: float = 0.0  # time.perf_counter() when the messages were handed to the grid
+
+    def as_row(self, started: float) -> dict[str, Any]:
+        """The round as a line of rounds.jsonl; `started` is the run's own time.perf_counter()."""
+        row = asdict(self)
+        metrics, sent_at = row.pop("metrics"), row.pop("sent_at")
+        return row | metrics | {"started": sent_at - started}
+
+
+class Wire(FlowerFedAvg):
+    """The messages of a strategy: made for each client, read, checked, and counted.
+
+    A subclass says by these what travels. The formulas are in its file.
+    """
+
+    trains: ClassVar[str] = "AB"  # what a client updates: "AB", "B", "A", or "R" (r, r) between factors that stay
+    personal: ClassVar[str] = ""  # factors, of those, that stay with the client, and its head with them
+    down: ClassVar[str] = "AB"  # what has to be sent down to clients that can derive the rest; "R": A by its rotation
+    redraws: ClassVar[bool] = False  # every round begins with an A drawn from the seed, and with B zero
+    withholds: ClassVar[bool] = False  # clients keep what they trained, until `gather` asks for what merge needs of it
+    paper: ClassVar[str]  # name and arXiv number
+    exact: ClassVar[bool]  # whether the merged product is Σ p_k B_k A_k
+    linear: ClassVar[bool] = False  # whether merge needs no more of the updates than their weighted mean
+    steady: ClassVar[bool] = True  # whether a merge stays in the coordinates that clients were given
+    unequal: ClassVar[str]  # clients of unequal rank: "native", "padded", or the reason why not
+    private: ClassVar[str]  # how it suits DP-SGD: strong, good, possible or weak, and why
+
+    scale: float
+    init: str
+    ranks: Sequence[int] | None
+    derive: bool
+    round_timeout: float  # seconds to wait for answers to further messages
+    state: ServerState | None
+    initial: Adapters  # the factors that the run began with
+    report: RoundReport | None  # of the newest round
+    withheld: bool  # whether clients keep what they trained, for a merge or for secure sums
+    streams: bool  # whether replies may be added up as they come
+    _roll: RollCall
+    _sent: list[Message]
+    _job: ConfigRecord  # of the newest round
+    _grid: Grid | None
+
+    @property
+    def name(self) -> str:
+        """The name of its file."""
+        return type(self).__module__.rpartition(".")[2]
+
+    def trained(self, round: int) -> str:
+        """What clients update in this round."""
+        return self.trains
+
+    def sends(self, round: int) -> str:
+        """The factors that clients send in this round; R goes by its own name, among the dense arrays."""
+        return "".join(factor for factor in "AB" if factor in self.trained(round) and factor not in self.personal)
+
+    def sent_down(self, state: ServerState, rank: int | None = None) -> dict[str, np.ndarray]:
+        """The arrays that a client is sent, by name: of the state at its rank, all of it or what it cannot derive."""
+        state = state if rank is None else at_rank(state, rank)
+        if not self.derive:
+            return messages.named(*whole(state))
+        dense = state.dense
+        if "R" in self.down and "R" not in self.trains:
+            dense = dense | {
+                messages.rotation(layer): lowrank.coordinates(pair.A, self.initial[layer].A)
+                for layer, pair in state.adapters.items()
+            }
+        return messages.named(state.adapters, dense, self.down.replace("R", ""), state.base_correction)
+
+    def sent_up(self, state: ServerState, round: int, rank: int | None = None) -> dict[str, np.ndarray]:
+        """Arrays of the names and shapes that a client sends in a round, whatever numbers they will hold."""
+        state = state if rank is None else at_rank(state, rank)
+        return messages.named(state.adapters, {} if self.personal else state.dense, self.sends(round))
+
+    def _derivable(self, state: ServerState) -> ServerState:
+        """The state in the very numbers that clients derive: A from its rotation, to the last bit."""
+        if not self.derive or "R" not in self.down or "R" in self.trains:
+            return state
+        turned = {layer: lowrank.coordinates(pair.A, self.initial[layer].A) for layer, pair in state.adapters.items()}
+        pairs = {layer: Pair(self.initial[layer].A, pair.B) for layer, pair in state.adapters.items()}
+        return replace(state, adapters=messages.fold(pairs, {messages.rotation(name): R for name, R in turned.items()})[0])
+
+    def _messages(
+        self, arrays: ArrayRecord, config: ConfigRecord, server_round: int, nodes: list[int], kind: str
+    ) -> list[Message]:
+        """A message for each node. Nodes of one rank share their content."""
+        assert self.state is not None
+        evaluating = kind == MessageType.EVALUATE
+        config[messages.ROUND], config[messages.TRAINS] = server_round, self.trained(server_round)
+        config[messages.SENDS], config[messages.PERSONAL] = self.sends(server_round), self.personal
+        config[messages.INIT] = self.init
+        config[messages.DRAWN] = (server_round if evaluating else server_round - 1) if self.redraws else 0
+        config[messages.KEEPS] = self.withheld
+        self._job = config
+        made: list[Message] = []
+        for rank in sorted({self._rank(node) for node in nodes}):
+            job = ConfigRecord(dict(config) | {messages.RANK: rank})
+            plain = not self.derive and self.ranks is None and not self.personal
+            sent = arrays if plain else messages.record(self.sent_down(self.state, rank))
+            content = RecordDict({self.arrayrecord_key: sent, self.configrecord_key: job})
+            made += self._construct_messages(content, [node for node in nodes if self._rank(node) == rank], kind)
+        order = {node: place for place, node in enumerate(nodes)}
+        return sorted(made, key=lambda message: order[message.metadata.dst_node_id])
+
+    def _ask(self, action: str, contents: Contents) -> Contents:
+        """Sends clients of this round a message of type train.`action`; who fails to answer is named as a drop."""
+        assert self.report is not None and self._grid is not None
+        nodes = {client: node for node, client in self._roll.client.items()}
+        asked = [
+            message
+            for client, arrays in contents.items()
+            for message in self._construct_messages(
+                RecordDict({self.arrayrecord_key: messages.record(arrays), self.configrecord_key: self._job}),
+                [nodes[client]],
+                f"{MessageType.TRAIN}.{action}",
+            )
+        ]
+        self.report.bytes_down += sum(messages.array_bytes(message.content) for message in asked)
+        replies = list(self._grid.send_and_receive(asked, timeout=self.round_timeout))
+        sent = [message.metadata for message in asked]
+        by_message = {m.message_id: self._roll.client[m.dst_node_id] for m in sent if m.message_id}
+        answers: Contents = {}
+        for reply in replies:
+            client = self._author(reply, by_message)
+            if client is None or client not in contents:
+                continue
+            if reply.has_error():
+                self.report.drops[client] = error_of(reply)
+                continue
+            self.report.bytes_up += messages.array_bytes(reply.content)
+            record = next(iter(reply.content.array_records.values()), None)
+            if record is not None:
+                answers[client] = messages.arrays_of(record)
+        for client in contents:
+            if client not in answers:
+                self.report.drops.setdefault(client, f"no answer to {action} in time")
+        return dict(sorted(answers.items()))
+
+    def _author(self, reply: Message, by_message: dict[str, int]) -> int | None:
+        """Whose reply this is; where a node was killed the SuperLink answers for it, so the source is the last resort."""
+        about = reply.metadata
+        return by_message.get(about.reply_to_message_id) if by_message else self._roll.client.get(about.src_node_id)
+
+    def _rank(self, node: int) -> int:
+        assert self.state is not None
+        own = next(iter(self.state.adapters.values())).rank
+        return own if self.ranks is None else self.ranks[self._roll.client[node]]
+
+    def _nodes(self, grid: Grid) -> dict[int, int]:
+        """Client → node id, of those that are online."""
+        kind = MessageType.QUERY
+        return self._roll.nodes(
+            grid, self.min_available_nodes, lambda new: list(self._construct_messages(RecordDict(), new, kind))
+        )
+
+    def _receive(self, replies: Iterable[Message], server_round: int) -> tuple[list[Update], list[Update]]:
+        """The usable updates in order of client, and what there is to merge; other replies are named in the report.
+
+        What there is to merge are the same updates; or, of a large cohort where nothing but the mean is needed, that mean
+        as one update, and of each client only what it measured.
+        """
+        assert self.state is not None and self.report is not None
+        sent = [m.metadata for m in self._sent]
+        by_message = {m.message_id: self._roll.client[m.dst_node_id] for m in sent if m.message_id}  # some grids set none
+        sends = self.sends(server_round)
+        at = {rank: at_rank(self.state, rank) for rank in {self._rank(m.dst_node_id) for m in sent}}
+        given = {self._roll.client[m.dst_node_id]: at[self._rank(m.dst_node_id)] for m in sent}
+        total = Sum(sends) if self.streams and len(given) >= MANY else None
+        updates: dict[int, Update] = {}
+        expected = None if self.withheld else sends
+        for reply in replies:
+            client = self._author(reply, by_message)
+            if client is None or client not in given or client in updates:
+                continue  # not a reply to this round
+            if reply.has_error():
+                self.report.drops[client] = error_of(reply)
+                continue
+            self.report.bytes_up += messages.array_bytes(reply.content)
+            try:
+                update = read_update(client, reply.content, given[client], self.weighted_by_key, expected)
+            except ValueError as reason:
+                self.report.drops[client] = str(reason)
+                continue
+            update = in_scale(update, given[client].scale, self.state, self.unequal == "padded")
+            if total is not None:
+                total.add(update)
+                update = replace(update, adapters={}, dense={})
+            updates[client] = update
+        for client in self.report.cohort:
+            if client not in updates:
+                self.report.drops.setdefault(client, "no reply in time")
+        self.report.drops = dict(sorted(self.report.drops.items()))  # replies come in any order
+        self._sent = []
+        in_order = [updates[client] for client in sorted(updates)]
+        return in_order, in_order if total is None else [total.mean(self.state)] if in_order else []
+
+
+def whole(state: ServerState) -> tuple[Adapters, dict[str, np.ndarray], str, Adapters]:
+    """What `messages.pack` takes to send all of a state."""
+    return state.adapters, state.dense, "AB", state.base_correction
+
+
+def error_of(reply: Message) -> str:
+    """The last line of what a failed client says."""
+    return ((reply.error.reason or "").strip() or "error").splitlines()[-1]
