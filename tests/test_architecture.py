@@ -15,6 +15,7 @@ ALLOWED = {
     "fedlora.check": set(),
     "fedlora.seeds": set(),
     "fedlora.cache": set(),
+    "fedlora.compression": {"fedlora.check"},
     "fedlora.lowrank": set(),
     "fedlora.messages": {"fedlora.lowrank"},
     "fedlora.participation": {"fedlora.seeds"},
