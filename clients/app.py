@@ -11,14 +11,12 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients import start
-from clients.start import Start
+from clients.start import Start, Trained
 from fedlora import messages
-from fedlora.lowrank import Adapters
 
 if TYPE_CHECKING:
     from clients.task import Task
@@ -41,7 +39,7 @@ class CohortApp(ClientApp):
 
     def together(self, batch: Sequence[tuple[Message, Context]]) -> list[Message]:
         """The replies to the training messages of one experiment, in their order; the clients share their passes."""
-        from clients.cohort import Member, Trained, train_together
+        from clients.cohort import Member, train_together
 
         started = time.perf_counter()
         bench = _job(batch[0][0])[1]
@@ -64,9 +62,8 @@ class CohortApp(ClientApp):
             trained |= dict(zip(places, own, strict=True))
         a_step = (time.perf_counter() - started) / sum(member.task.steps for member in members)
         return [
-            _reply(message, context, member.task, own.adapters, own.dense, own.metrics, a_step * member.task.steps, len(batch))
+            _reply(message, context, starts[place], member.task, trained[place], a_step * member.task.steps, len(batch))
             for place, ((message, context), member) in enumerate(zip(batch, members, strict=True))
-            for own in (trained[place],)
         ]
 
 
@@ -91,7 +88,7 @@ def train(message: Message, context: Context) -> Message:
     bench.model.write(begun.adapters, begun.dense, begun.correction)
     metrics = perform(task, bench.model, bench.train)
     seconds = time.perf_counter() - started
-    return _reply(message, context, task, bench.model.adapters(), bench.model.dense(), metrics, seconds, 1)
+    return _reply(message, context, begun, task, Trained(bench.model.adapters(), bench.model.dense(), metrics), seconds, 1)
 
 
 @app.evaluate()
@@ -136,7 +133,7 @@ def _task(message: Message, context: Context) -> Task:
 
 def _starts(batch: Sequence[tuple[Message, Context]], bench: Workbench) -> list[Start]:
     """What each client starts from; read once where several were sent the very same record."""
-    sent = {id(record): messages.unpack(record) for message, _ in batch for record in (_arrays(message),)}
+    sent = {id(record): start.read(record) for message, _ in batch for record in (_arrays(message),)}
     common: dict[int, Start] = {}
     starts = []
     for message, context in batch:
@@ -150,21 +147,12 @@ def _starts(batch: Sequence[tuple[Message, Context]], bench: Workbench) -> list[
     return starts
 
 
-def _reply(
-    message: Message,
-    context: Context,
-    task: Task,
-    adapters: Adapters,
-    dense: dict[str, np.ndarray],
-    metrics: dict[str, float],
-    seconds: float,
-    cohort: int,
-) -> Message:
-    measured = MetricRecord({**metrics, "seconds": seconds, "cohort": float(cohort)})
+def _reply(message: Message, context: Context, begun: Start, task: Task, own: Trained, seconds: float, cohort: int) -> Message:
+    measured = MetricRecord({**own.metrics, "seconds": seconds, "cohort": float(cohort)})
     measured[messages.CLIENT], measured[messages.EXAMPLES] = task.streams[1], len(task.indices)
     job: ConfigRecord = message.content.config_records[messages.CONFIG]
-    start.keep(context.state, job, adapters, dense)
-    arrays = messages.record(start.sends(job, adapters, dense))
+    start.keep(context.state, job, own.adapters, own.dense)
+    arrays = messages.record(start.sends(job, begun, context.state, own.adapters, own.dense))
     return Message(RecordDict({messages.ARRAYS: arrays, messages.METRICS: measured}), reply_to=message)
 
 

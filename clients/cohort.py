@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from clients.start import Trained
 from clients.task import Task
 from clients.train import mean
 from fedlora import lowrank
@@ -37,15 +38,6 @@ class Member:
     adapters: Adapters
     dense: dict[str, np.ndarray]
     scale: float  # alpha / rank
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a member has come to."""
-
-    adapters: Adapters
-    dense: dict[str, np.ndarray]
-    metrics: dict[str, float]
 
 
 def train_together(rows: Rows, examples: Encoded, members: Sequence[Member]) -> list[Trained]:

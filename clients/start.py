@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
-from fedlora import messages
+from fedlora import compression, messages
 from fedlora.lowrank import Adapters, Pair
 
 if TYPE_CHECKING:
     from fedlora.messages import Arrays
     from fedlora.workbench import Workbench
 
-PERSONAL, TRAINED = "personal", "trained"  # records of a client's own state
+PERSONAL, TRAINED, LEFT, LEFT_AT = "personal", "trained", "left", "left-at"  # records of a client's own state
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,20 @@ class Start:
     dense: dict[str, np.ndarray]
     correction: Adapters
     scale: float  # alpha / rank, of this client's rank
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a client has come to."""
+
+    adapters: Adapters
+    dense: dict[str, np.ndarray]
+    metrics: dict[str, float]
+
+
+def read(record: ArrayRecord) -> Arrays:
+    """The arrays of a broadcast, decoded."""
+    return messages.sort(compression.decode(messages.arrays_of(record)))
 
 
 def begin(bench: Workbench, job: ConfigRecord, sent: Arrays, state: RecordDict) -> Start:
@@ -60,12 +74,39 @@ def keep(state: RecordDict, job: ConfigRecord, adapters: Adapters, dense: dict[s
         state[TRAINED] = messages.pack(adapters, dense)
 
 
-def sends(job: ConfigRecord, adapters: Adapters, dense: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays that go to the server, by name: none where the client keeps them until it is asked."""
-    if job.get(messages.KEEPS):
+def sends(
+    job: ConfigRecord, begun: Start, state: RecordDict, adapters: Adapters, dense: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The arrays that go to the server, by name and encoded: none where the server is to learn sums only.
+
+    What encoding loses of the changes stays in the client's own state, and is sent with the next ones (error feedback).
+    """
+    if job.get(messages.SILENT):
         return {}
     factors = str(job.get(messages.SENDS, job[messages.TRAINS]))
-    return messages.named(adapters, {} if job.get(messages.PERSONAL) else dense, factors)
+    arrays = messages.named(adapters, {} if job.get(messages.PERSONAL) else dense, factors)
+    if not job.get(messages.CHANGES):
+        return arrays
+    before = messages.named(begun.adapters, begun.dense)
+    changed = {name: array - before[name] for name, array in arrays.items()}
+    method, share = str(job[messages.ENCODES]), float(job[messages.SHARE])  # type: ignore[arg-type]
+    left = {} if job[messages.DRAWN] else _left(state, begun, factors)  # beside an A drawn anew it would mean nothing
+    encoded, left = compression.encode_with_feedback(changed, left, method, share)
+    if left:
+        state[LEFT], state[LEFT_AT] = messages.record(left), messages.pack(begun.adapters, {}, "A")
+    return encoded
+
+
+def _left(state: RecordDict, begun: Start, factors: str) -> dict[str, np.ndarray]:
+    """What the last rounds' encoding has lost; B's beside the A of this round, unless A moves by itself."""
+    if LEFT not in state.array_records:
+        return {}
+    left, at = (messages.arrays_of(state.array_records[key]) for key in (LEFT, LEFT_AT))
+    if factors == "B":
+        for layer, pair in begun.adapters.items():
+            name = f"{layer}.lora_B.weight"
+            left[name] = compression.carried(left[name], at[f"{layer}.lora_A.weight"], pair.A)
+    return left
 
 
 def trained(state: RecordDict) -> ArrayRecord:

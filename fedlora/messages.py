@@ -28,8 +28,12 @@ from fedlora.lowrank import Adapters, Pair
 ARRAYS, METRICS, CONFIG = "arrays", "metrics", "config"  # the records of a message
 EXAMPLES, CLIENT = "num-examples", "client"  # keys of the metrics
 ROUND, TRAINS, EXPERIMENT = "server-round", "trains", "experiment"  # keys of the config
-SENDS = "sends"  # key of the config: the factors that a client sends back, the head with them; PERSONAL: it keeps the others
-PERSONAL, KEEPS = "personal", "keeps"  # keys of the config; KEEPS: all of it stays with the client until it is asked
+SENDS = (
+    "sends"  # key of the config: the factors that a client sends back, the head with them; PERSONAL: that stay, and the head
+)
+PERSONAL = "personal"
+KEEPS, SILENT = "keeps", "silent"  # keys of the config: a client remembers all that it trained; SILENT: and sends none of it
+ENCODES, SHARE, CHANGES = "encodes", "share", "changes"  # keys of the config: how a client encodes what it changed
 INIT, DRAWN, RANK = "init", "drawn", "rank"  # keys of the config: how A began and in which round, and this client's rank
 NOISE = "noise-multipliers"  # key of the config, with record-level privacy: σ of every client, by its number
 

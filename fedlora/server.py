@@ -5,7 +5,7 @@ from __future__ import annotations
 import strategies
 from fedlora.check import ConfigError
 from fedlora.config import Config
-from strategies import LoRAStrategy
+from strategies import LoRAStrategy, optimizers, robust
 
 
 def make_strategy(config: Config) -> LoRAStrategy:
@@ -27,6 +27,7 @@ def make_strategy(config: Config) -> LoRAStrategy:
         poisson=config.poisson,
         ranks=[config.adapter.rank] * config.clients if unequal else None,  # known when the model is: see `initial_state`
         derive=True,
+        encodes=(config.compression.down, config.compression.up, config.compression.top_k),
         round_timeout=config.round_timeout,
     )
     if strategy.personal and not config.evaluate.holdout:
@@ -34,4 +35,22 @@ def make_strategy(config: Config) -> LoRAStrategy:
             f"strategy={strategy.name} leaves a part of every model on its client, so that the server has none to test; set "
             "evaluate.holdout=0.2, and each client tests its own"
         )
+    if config.compression.up != "none" and strategy.withholds:
+        raise ConfigError(
+            f"compression.up={config.compression.up} does not go with strategy={strategy.name}, whose clients send products of "
+            "their factors and not changes; set it to none"
+        )
+    if strategy.withholds and (config.server.mean != "weighted" or config.privacy.name == "user"):
+        what = "privacy=user" if config.privacy.name == "user" else f"server.mean={config.server.mean}"
+        raise ConfigError(f"strategy={strategy.name} never sees a client's own factors, which {what} needs; choose another")
+    if config.server.mean != "weighted":
+        strategy.robust = robust.make(config.server.mean, config.server.trim, config.server.norm_factor)
+    if config.server.optimizer != "none":
+        if not strategy.steady:
+            raise ConfigError(
+                f"server.optimizer={config.server.optimizer} does not go with strategy={strategy.name}, whose merge leaves the "
+                "coordinates that its moments are in; set it to none"
+            )
+        rates = config.server.lr, config.server.momentum, config.server.beta2, config.server.tau
+        strategy.optimizer = optimizers.make(config.server.optimizer, *rates)
     return strategy

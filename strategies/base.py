@@ -39,7 +39,8 @@ class LoRAStrategy(Wire):
     from one evaluation on the clients to the next. With `poisson` every node is drawn by itself, with the probability
     `fraction_train` gives it, so that cohorts vary in size. `ranks` are those of clients 0, 1, …, none above the state's.
     `round_timeout` is how many seconds further messages of a round are waited for (the first ones: Flower's `timeout`).
-    With `derive` the clients are fedlora's own, which know how everything began: only what they cannot derive is sent down.
+    With `derive` the clients are fedlora's own, which know how everything began: only what they cannot derive is sent down,
+    `encodes` says how it is encoded, what they send, and for top_k the share of it.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class LoRAStrategy(Wire):
         poisson: bool = False,
         ranks: Sequence[int] | None = None,
         derive: bool = False,
+        encodes: tuple[str, str, float] = ("none", "none", 0.1),
         round_timeout: float = 3600.0,
         **flower: Any,
     ) -> None:
@@ -63,7 +65,7 @@ class LoRAStrategy(Wire):
         self.init = check.one_of(("kaiming", "orthonormal", "pissa"), **{"strategy.init": init})
         self.scale, self.seed, self.evaluate_every, self.poisson = scale, seed, evaluate_every, poisson
         self.min_success = check.fraction(min_success=min_success)
-        self.ranks, self.derive, self.round_timeout = ranks, derive, round_timeout
+        self.ranks, self.derive, self.encodes, self.round_timeout = ranks, derive, encodes, round_timeout
         if ranks is not None and self.unequal not in ("native", "padded"):
             raise ConfigError(f"adapter.ranks does not go with strategy={self.name}: {self.unequal}; give all clients one rank")
         self.state = None
@@ -135,7 +137,7 @@ class LoRAStrategy(Wire):
                 f"min_success={self.min_success} asks for {needed} ({reasons})"
             )
         if self.robust:
-            merged = self.robust(before, merged, sends)
+            merged = self._robust_mean(before, merged, sends)
         if self.release:
             merged = self.release(before, merged, server_round, sends)
         self.state = self.merge(replace(before, dense=average_dense(merged)), merged, server_round)
@@ -180,15 +182,24 @@ class LoRAStrategy(Wire):
     def summary(self) -> None:
         """Nothing: the runtime prints what differs from the defaults, and Flower's table would say it again."""
 
+    def _robust_mean(self, before: ServerState, updates: list[Update], sends: str) -> list[Update]:
+        """What the robust mean leaves to merge; whom it leaves out is named."""
+        assert self.robust is not None and self.report is not None
+        merged = self.robust(before, updates, sends)
+        if len(merged) != 1 or merged[0].client >= 0:
+            for client in {update.client for update in updates} - {update.client for update in merged}:
+                self.report.drops[client] = "left out by server.mean: its update is much longer than the others'"
+        return merged
+
     @property
-    def withheld(self) -> bool:  # type: ignore[override]
-        """Whether clients keep what they trained until they are asked."""
-        return self.withholds or self.sum_of is not None
+    def silent(self) -> bool:  # type: ignore[override]
+        """Whether clients keep all that they trained until they are asked for sums of it."""
+        return self.sum_of is not None
 
     @property
     def streams(self) -> bool:  # type: ignore[override]
         """Whether no more than the sum of the updates is needed."""
-        return self.linear and not (self.withheld or self.release or self.robust)
+        return self.linear and not (self.silent or self.release or self.robust)
 
     def _size(self, available: int) -> int:
         return min(available, max(round(available * self.fraction_train), self.min_train_nodes, 1))

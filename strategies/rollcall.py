@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -12,6 +13,7 @@ from fedlora import messages
 from fedlora.check import RunError
 
 
+@dataclass
 class RollCall:
     """Client by node id, of every node that was ever online.
 
@@ -19,10 +21,9 @@ class RollCall:
     only some do, the silent ones stay out and are asked again in the next round.
     """
 
-    def __init__(self, patience: float) -> None:
-        self.patience = patience  # seconds to wait for nodes and for their answers
-        self.client: dict[int, int] = {}
-        self._named = False  # whether any node has said which client it is
+    patience: float  # seconds to wait for nodes and for their answers
+    client: dict[int, int] = field(default_factory=dict)
+    named: bool = False  # whether any node has said which client it is
 
     def nodes(self, grid: Grid, needed: int, query: Callable[[list[int]], list[Message]]) -> dict[int, int]:
         """Client → node id of those that are online; `query` makes the questions to some nodes.
@@ -37,8 +38,8 @@ class RollCall:
         if new := [node for node in nodes if node not in self.client]:
             replies = list(grid.send_and_receive(query(new), timeout=self.patience))
             named = {r.metadata.src_node_id: client for r in replies if (client := answered(r)) is not None}
-            self._named |= bool(named)
-            self.client |= named if self._named else {node: i for i, node in enumerate(new, len(self.client))}
+            self.named |= bool(named)
+            self.client |= named if self.named else {node: i for i, node in enumerate(new, len(self.client))}
         return {self.client[node]: node for node in nodes if node in self.client}
 
 

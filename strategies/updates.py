@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 
 import numpy as np
 from flwr.app import RecordDict
 
-from fedlora import lowrank, messages
+from fedlora import compression, lowrank, messages
 from fedlora.lowrank import Pair
 from fedlora.messages import ServerState, Update
 
@@ -40,10 +40,13 @@ def in_scale(update: Update, scale: float, state: ServerState, padded: bool) -> 
     return replace(update, adapters={name: lowrank.pad(pair, own) if padded else pair for name, pair in pairs.items()})
 
 
-def read_update(client: int, content: RecordDict, state: ServerState, weight_key: str, sends: str | None) -> Update:
+def read_update(
+    client: int, content: RecordDict, state: ServerState, weight_key: str, sends: str | None, changes: bool = False
+) -> Update:
     """One client's reply as an Update, in the dtype of what it was given: `state`, which completes what it did not send.
 
-    `sends` names the factors that it must send, with all dense arrays; None: it keeps its arrays.
+    `sends` names the factors that it must send, with all dense arrays; None: it keeps its arrays. With `changes` the arrays
+    are what it changed, to be added to those of `state`.
     Raises ValueError for another shape, a missing or unknown array, NaN or infinity, or examples that cannot be counted.
     """
     arrays = next(iter(content.array_records.values()), None)
@@ -52,10 +55,13 @@ def read_update(client: int, content: RecordDict, state: ServerState, weight_key
         raise ValueError(f"the reply lacks its arrays or its {weight_key}")
     adapters, dense = state.adapters, state.dense
     if sends is not None:
-        factors, dense, _ = messages.unpack(arrays)
+        factors, dense, _ = messages.sort(compression.decode(messages.arrays_of(arrays)))
         dense = messages.complete_dense(dense, state.dense)
         if sends or factors:
             adapters = messages.complete(factors, state.adapters)
+        if changes:
+            dense = {name: state.dense[name] + array for name, array in dense.items()}
+            adapters = {layer: _added(state.adapters[layer], pair, factors.get(layer, ())) for layer, pair in adapters.items()}
         for layer, sent in sorted(factors.items()):
             if lacking := set(sends) - set(sent):
                 raise ValueError(f"{layer}.lora_{min(lacking)} is missing")
@@ -67,6 +73,10 @@ def read_update(client: int, content: RecordDict, state: ServerState, weight_key
         raise ValueError(f"{weight_key} is {examples}")
     others = {k: float(v) for k, v in metrics.items() if k != weight_key and isinstance(v, int | float)}
     return Update(client, int(examples), adapters, dense, others)
+
+
+def _added(start: Pair, pair: Pair, changed: Container[str]) -> Pair:
+    return Pair(*(own + new if f in changed else own for f, own, new in zip(Pair._fields, start, pair, strict=True)))
 
 
 class Sum:

@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 
-from fedlora import lowrank, messages
+from fedlora import compression, lowrank, messages
 from fedlora.lowrank import Adapters, Pair
 from fedlora.messages import ServerState, Update
 from strategies.rollcall import RollCall
@@ -53,7 +53,7 @@ class Wire(FlowerFedAvg):
     personal: ClassVar[str] = ""  # factors, of those, that stay with the client, and its head with them
     down: ClassVar[str] = "AB"  # what has to be sent down to clients that can derive the rest; "R": A by its rotation
     redraws: ClassVar[bool] = False  # every round begins with an A drawn from the seed, and with B zero
-    withholds: ClassVar[bool] = False  # clients keep what they trained, until `gather` asks for what merge needs of it
+    withholds: ClassVar[bool] = False  # clients keep the factors they trained, until `gather` asks for what merge needs of them
     paper: ClassVar[str]  # name and arXiv number
     exact: ClassVar[bool]  # whether the merged product is Σ p_k B_k A_k
     linear: ClassVar[bool] = False  # whether merge needs no more of the updates than their weighted mean
@@ -65,11 +65,12 @@ class Wire(FlowerFedAvg):
     init: str
     ranks: Sequence[int] | None
     derive: bool
+    encodes: tuple[str, str, float]  # how arrays are encoded down and up (see fedlora.compression), and the share of top_k
     round_timeout: float  # seconds to wait for answers to further messages
     state: ServerState | None
     initial: Adapters  # the factors that the run began with
     report: RoundReport | None  # of the newest round
-    withheld: bool  # whether clients keep what they trained, for a merge or for secure sums
+    silent: bool  # whether replies to training hold no arrays at all
     streams: bool  # whether replies may be added up as they come
     _roll: RollCall
     _sent: list[Message]
@@ -87,33 +88,40 @@ class Wire(FlowerFedAvg):
 
     def sends(self, round: int) -> str:
         """The factors that clients send in this round; R goes by its own name, among the dense arrays."""
-        return "".join(factor for factor in "AB" if factor in self.trained(round) and factor not in self.personal)
+        return (
+            ""
+            if self.withholds
+            else "".join(factor for factor in "AB" if factor in self.trained(round) and factor not in self.personal)
+        )
 
     def sent_down(self, state: ServerState, rank: int | None = None) -> dict[str, np.ndarray]:
-        """The arrays that a client is sent, by name: of the state at its rank, all of it or what it cannot derive."""
+        """The arrays that a client is sent, by name: of the state at its rank, all of it or what it cannot derive, encoded."""
         state = state if rank is None else at_rank(state, rank)
         if not self.derive:
             return messages.named(*whole(state))
-        dense = state.dense
-        if "R" in self.down and "R" not in self.trains:
-            dense = dense | {
-                messages.rotation(layer): lowrank.coordinates(pair.A, self.initial[layer].A)
-                for layer, pair in state.adapters.items()
-            }
-        return messages.named(state.adapters, dense, self.down.replace("R", ""), state.base_correction)
+        arrays = messages.named(state.adapters, state.dense, self.down.replace("R", ""), state.base_correction)
+        arrays = compression.encode(arrays, self.encodes[0], 1.0)
+        if "R" in self.down and "R" not in self.trains:  # small, and a rotation only as long as it is exact
+            arrays |= {messages.rotation(layer): R for layer, R in self._rotations(state).items()}
+        return arrays
 
     def sent_up(self, state: ServerState, round: int, rank: int | None = None) -> dict[str, np.ndarray]:
         """Arrays of the names and shapes that a client sends in a round, whatever numbers they will hold."""
         state = state if rank is None else at_rank(state, rank)
-        return messages.named(state.adapters, {} if self.personal else state.dense, self.sends(round))
+        arrays = messages.named(state.adapters, {} if self.personal else state.dense, self.sends(round))
+        return compression.encode(arrays, self.encodes[1], self.encodes[2])
 
     def _derivable(self, state: ServerState) -> ServerState:
         """The state in the very numbers that clients derive: A from its rotation, to the last bit."""
         if not self.derive or "R" not in self.down or "R" in self.trains:
             return state
-        turned = {layer: lowrank.coordinates(pair.A, self.initial[layer].A) for layer, pair in state.adapters.items()}
+        turned = {messages.rotation(layer): R for layer, R in self._rotations(state).items()}
         pairs = {layer: Pair(self.initial[layer].A, pair.B) for layer, pair in state.adapters.items()}
-        return replace(state, adapters=messages.fold(pairs, {messages.rotation(name): R for name, R in turned.items()})[0])
+        return replace(state, adapters=messages.fold(pairs, turned)[0])
+
+    def _rotations(self, state: ServerState) -> dict[str, np.ndarray]:
+        """R of every layer, with A = R · the A that the run began with."""
+        return {layer: lowrank.coordinates(pair.A, self.initial[layer].A) for layer, pair in state.adapters.items()}
 
     def _messages(
         self, arrays: ArrayRecord, config: ConfigRecord, server_round: int, nodes: list[int], kind: str
@@ -125,7 +133,8 @@ class Wire(FlowerFedAvg):
         config[messages.SENDS], config[messages.PERSONAL] = self.sends(server_round), self.personal
         config[messages.INIT] = self.init
         config[messages.DRAWN] = (server_round if evaluating else server_round - 1) if self.redraws else 0
-        config[messages.KEEPS] = self.withheld
+        config[messages.ENCODES], config[messages.SHARE], config[messages.CHANGES] = *self.encodes[1:], self._changes
+        config[messages.KEEPS], config[messages.SILENT] = self.withholds or self.silent, self.silent
         self._job = config
         made: list[Message] = []
         for rank in sorted({self._rank(node) for node in nodes}):
@@ -176,6 +185,11 @@ class Wire(FlowerFedAvg):
         about = reply.metadata
         return by_message.get(about.reply_to_message_id) if by_message else self._roll.client.get(about.src_node_id)
 
+    @property
+    def _changes(self) -> bool:
+        """Whether clients send what they changed: where anything is encoded, so that nothing of the state itself is lost."""
+        return self.encodes[:2] != ("none", "none")
+
     def _rank(self, node: int) -> int:
         assert self.state is not None
         own = next(iter(self.state.adapters.values())).rank
@@ -202,7 +216,7 @@ class Wire(FlowerFedAvg):
         given = {self._roll.client[m.dst_node_id]: at[self._rank(m.dst_node_id)] for m in sent}
         total = Sum(sends) if self.streams and len(given) >= MANY else None
         updates: dict[int, Update] = {}
-        expected = None if self.withheld else sends
+        expected = None if self.silent else sends
         for reply in replies:
             client = self._author(reply, by_message)
             if client is None or client not in given or client in updates:
@@ -212,7 +226,7 @@ class Wire(FlowerFedAvg):
                 continue
             self.report.bytes_up += messages.array_bytes(reply.content)
             try:
-                update = read_update(client, reply.content, given[client], self.weighted_by_key, expected)
+                update = read_update(client, reply.content, given[client], self.weighted_by_key, expected, self._changes)
             except ValueError as reason:
                 self.report.drops[client] = str(reason)
                 continue

@@ -59,10 +59,11 @@ ALLOWED = {
         "fedlora.workbench",
         "clients",
     },
-    "strategies": {"fedlora.check", "fedlora.lowrank", "fedlora.messages", "fedlora.participation"},
+    "strategies": {"fedlora.check", "fedlora.compression", "fedlora.lowrank", "fedlora.messages", "fedlora.participation"},
     "clients": {
         "fedlora.cache",
         "fedlora.check",
+        "fedlora.compression",
         "fedlora.config",
         "fedlora.evaluate",
         "fedlora.lowrank",
