@@ -8,13 +8,13 @@ with a client from one message to the next is in Flower's `Context.state`.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from clients import start
+from clients import asked, start
 from clients.start import Start, Trained
 from fedlora import messages
 
@@ -91,6 +91,22 @@ def train(message: Message, context: Context) -> Message:
     return _reply(message, context, begun, task, Trained(bench.model.adapters(), bench.model.dense(), metrics), seconds, 1)
 
 
+def _answer(action: str) -> Callable[[Message, Context], Message]:
+    """The handler of a further message of the round, which asks for something of what this client keeps."""
+
+    def handle(message: Message, context: Context) -> Message:
+        job, client = message.content.config_records[messages.CONFIG], _client(context)
+        arrays = asked.answer(action, client, context.state, job, messages.arrays_of(_arrays(message)))
+        content = RecordDict({messages.ARRAYS: messages.record(arrays), messages.METRICS: MetricRecord({messages.CLIENT: client})})
+        return Message(content, reply_to=message)
+
+    return handle
+
+
+for _action in asked.ACTIONS_KNOWN:
+    app.train(_action)(_answer(_action))
+
+
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Test the broadcast model, with what is this client's own, on the examples that it holds back (none: a count of zero)."""
@@ -151,8 +167,8 @@ def _reply(message: Message, context: Context, begun: Start, task: Task, own: Tr
     measured = MetricRecord({**own.metrics, "seconds": seconds, "cohort": float(cohort)})
     measured[messages.CLIENT], measured[messages.EXAMPLES] = task.streams[1], len(task.indices)
     job: ConfigRecord = message.content.config_records[messages.CONFIG]
-    start.keep(context.state, job, own.adapters, own.dense)
-    arrays = messages.record(start.sends(job, begun, context.state, own.adapters, own.dense))
+    start.keep(context.state, job, begun, own, len(task.indices))
+    arrays = messages.record(start.sends(context.state, job, begun, own))
     return Message(RecordDict({messages.ARRAYS: arrays, messages.METRICS: measured}), reply_to=message)
 
 

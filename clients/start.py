@@ -66,32 +66,32 @@ def begin(bench: Workbench, job: ConfigRecord, sent: Arrays, state: RecordDict) 
     return Start(adapters, dense, sent.correction, bench.config.adapter.alpha / rank)
 
 
-def keep(state: RecordDict, job: ConfigRecord, adapters: Adapters, dense: dict[str, np.ndarray]) -> None:
-    """What stays with the client of what it has trained goes into its own state."""
+def keep(state: RecordDict, job: ConfigRecord, begun: Start, own: Trained, examples: int) -> None:
+    """What stays with the client of what it has trained goes into its own state.
+
+    That is all of it; or, where only sums are to be learnt, what it would have sent, as changes, with the number of examples.
+    """
     if factors := str(job.get(messages.PERSONAL, "")):
-        state[PERSONAL] = messages.pack(adapters, dense, factors)
-    if job.get(messages.KEEPS):
-        state[TRAINED] = messages.pack(adapters, dense)
+        state[PERSONAL] = messages.pack(own.adapters, own.dense, factors)
+    if job.get(messages.SILENT):
+        counted = {messages.EXAMPLES: np.array([examples])}
+        state[TRAINED] = messages.record(_changed(job, begun, own) | counted)
+    elif job.get(messages.KEEPS):
+        state[TRAINED] = messages.pack(own.adapters, own.dense)
 
 
-def sends(
-    job: ConfigRecord, begun: Start, state: RecordDict, adapters: Adapters, dense: dict[str, np.ndarray]
-) -> dict[str, np.ndarray]:
+def sends(state: RecordDict, job: ConfigRecord, begun: Start, own: Trained) -> dict[str, np.ndarray]:
     """The arrays that go to the server, by name and encoded: none where the server is to learn sums only.
 
     What encoding loses of the changes stays in the client's own state, and is sent with the next ones (error feedback).
     """
     if job.get(messages.SILENT):
         return {}
-    factors = str(job.get(messages.SENDS, job[messages.TRAINS]))
-    arrays = messages.named(adapters, {} if job.get(messages.PERSONAL) else dense, factors)
     if not job.get(messages.CHANGES):
-        return arrays
-    before = messages.named(begun.adapters, begun.dense)
-    changed = {name: array - before[name] for name, array in arrays.items()}
+        return _sent(job, own)
     method, share = str(job[messages.ENCODES]), float(job[messages.SHARE])  # type: ignore[arg-type]
-    left = {} if job[messages.DRAWN] else _left(state, begun, factors)  # beside an A drawn anew it would mean nothing
-    encoded, left = compression.encode_with_feedback(changed, left, method, share)
+    left = {} if job[messages.DRAWN] else _left(state, begun, str(job[messages.SENDS]))  # beside an A drawn anew it would mean nothing
+    encoded, left = compression.encode_with_feedback(_changed(job, begun, own), left, method, share)
     if left:
         state[LEFT], state[LEFT_AT] = messages.record(left), messages.pack(begun.adapters, {}, "A")
     return encoded
@@ -109,9 +109,13 @@ def _left(state: RecordDict, begun: Start, factors: str) -> dict[str, np.ndarray
     return left
 
 
-def trained(state: RecordDict) -> ArrayRecord:
-    """What the client has kept of its training; raises RuntimeError where there is nothing."""
-    if TRAINED not in state.array_records:
-        raise RuntimeError("this client keeps nothing that it has trained; it is asked before it was sent a round")
-    record: ArrayRecord = state.array_records[TRAINED]
-    return record
+def _sent(job: ConfigRecord, own: Trained) -> dict[str, np.ndarray]:
+    """What goes to the server, by name."""
+    factors = str(job.get(messages.SENDS, job[messages.TRAINS]))
+    return messages.named(own.adapters, {} if job.get(messages.PERSONAL) else own.dense, factors)
+
+
+def _changed(job: ConfigRecord, begun: Start, own: Trained) -> dict[str, np.ndarray]:
+    """How far the client has moved it."""
+    before = messages.named(begun.adapters, begun.dense)
+    return {name: array - before[name] for name, array in _sent(job, own).items()}

@@ -122,6 +122,7 @@ class ServerConfig:
     lr: float = setting(1.0, "of the server's optimiser")
     momentum: float = setting(0.9, "momentum: its share kept; adam: β1")
     beta2: float = setting(0.99, "adam: β2")
+    secure_bound: float = setting(8.0, "aggregation=secure: bound on the change of a coordinate; a client beyond it drops out")
     tau: float = setting(1e-3, "adam: what is added to the root of the second moment")
 
 

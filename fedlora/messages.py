@@ -28,13 +28,11 @@ from fedlora.lowrank import Adapters, Pair
 ARRAYS, METRICS, CONFIG = "arrays", "metrics", "config"  # the records of a message
 EXAMPLES, CLIENT = "num-examples", "client"  # keys of the metrics
 ROUND, TRAINS, EXPERIMENT = "server-round", "trains", "experiment"  # keys of the config
-SENDS = (
-    "sends"  # key of the config: the factors that a client sends back, the head with them; PERSONAL: that stay, and the head
-)
-PERSONAL = "personal"
-KEEPS, SILENT = "keeps", "silent"  # keys of the config: a client remembers all that it trained; SILENT: and sends none of it
-ENCODES, SHARE, CHANGES = "encodes", "share", "changes"  # keys of the config: how a client encodes what it changed
-INIT, DRAWN, RANK = "init", "drawn", "rank"  # keys of the config: how A began and in which round, and this client's rank
+# Keys of the config that say what travels: the factors that a client sends, with its head; those that stay, with its head;
+# whether it remembers all that it trained, and whether it sends nothing of it; how it encodes what it changed.
+SENDS, PERSONAL, KEEPS, SILENT = "sends", "personal", "keeps", "silent"
+ENCODES, SHARE, CHANGES = "encodes", "share", "changes"
+INIT, DRAWN, RANK = "init", "drawn", "rank"  # and how A began, in which round it was drawn, this client's rank
 NOISE = "noise-multipliers"  # key of the config, with record-level privacy: σ of every client, by its number
 
 Named = dict[tuple[str, str], np.ndarray]  # (layer, "A" or "B"), or (name, "") for a dense array

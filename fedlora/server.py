@@ -5,7 +5,7 @@ from __future__ import annotations
 import strategies
 from fedlora.check import ConfigError
 from fedlora.config import Config
-from strategies import LoRAStrategy, optimizers, robust
+from strategies import LoRAStrategy, optimizers, robust, secure
 
 
 def make_strategy(config: Config) -> LoRAStrategy:
@@ -40,6 +40,13 @@ def make_strategy(config: Config) -> LoRAStrategy:
             f"compression.up={config.compression.up} does not go with strategy={strategy.name}, whose clients send products of "
             "their factors and not changes; set it to none"
         )
+    if config.aggregation == "secure":
+        if not strategy.linear:
+            raise ConfigError(
+                f"aggregation=secure does not go with strategy={strategy.name}, whose server step needs each client's own "
+                "factors and not their sum alone; python run.py --list shows those that it goes with"
+            )
+        strategy.sum_of = secure.make(config.server.secure_bound)
     if strategy.withholds and (config.server.mean != "weighted" or config.privacy.name == "user"):
         what = "privacy=user" if config.privacy.name == "user" else f"server.mean={config.server.mean}"
         raise ConfigError(f"strategy={strategy.name} never sees a client's own factors, which {what} needs; choose another")

@@ -24,7 +24,7 @@ from fedlora.participation import draw_cohort
 from strategies.metrics import client_metrics, geometry, signal_to_noise
 from strategies.rollcall import RollCall
 from strategies.updates import average_dense
-from strategies.wire import Ask, RoundReport, Wire, whole
+from strategies.wire import Ask, RoundReport, SumOf, Wire, whole
 
 __all__ = ["FlowerFedAvg", "LoRAStrategy", "RoundReport"]
 
@@ -79,7 +79,7 @@ class LoRAStrategy(Wire):
         # Where set, moves from the state before to what a merge made of these factors its own way (momentum, Adam).
         self.optimizer: Callable[[ServerState, ServerState, str], ServerState] | None = None
         # Where set, asks for sums of what clients keep, so that nobody's own is ever sent (secure aggregation).
-        self.sum_of: Callable[[ServerState, list[Update], Ask], list[Update]] | None = None
+        self.sum_of: SumOf | None = None
         self._roll = RollCall(patience)
         self._sent, self._job = [], ConfigRecord()
         self._grid = None
@@ -124,7 +124,9 @@ class LoRAStrategy(Wire):
         updates, merged = self._receive(replies, server_round)
         if updates:
             ask = self._ask
-            merged = self.sum_of(before, merged, ask) if self.sum_of else self.gather(before, merged, server_round, ask)
+            merged = (
+                self.sum_of(before, merged, sends, ask) if self.sum_of else self.gather(before, merged, server_round, ask)
+            )
         updates = [update for update in updates if update.client not in report.drops]
         received_at = time.perf_counter()
         report.seconds_train = received_at - report.sent_at
@@ -146,7 +148,7 @@ class LoRAStrategy(Wire):
         self.state = self._derivable(self.state)
         report.seconds_merge = time.perf_counter() - received_at
         report.metrics |= (
-            geometry(before, self.state, merged) | client_metrics(updates) | signal_to_noise(before, merged, updates)
+            geometry(before, self.state, merged, self.initial) | client_metrics(updates) | signal_to_noise(before, merged, updates)
         )
         return messages.pack(*whole(self.state)), MetricRecord(dict(report.metrics))
 

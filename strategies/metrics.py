@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from fedlora import lowrank, messages
+from fedlora.lowrank import Adapters
 from fedlora.messages import ServerState, Update
-from strategies.updates import MANY, layers, shares
+from strategies.updates import MANY, shares
 
 
 def client_metrics(updates: list[Update]) -> dict[str, float]:
@@ -48,30 +49,59 @@ def _sent(before: ServerState, updates: list[Update]) -> Iterator[tuple[list[np.
         yield [update.dense[name] for update in updates], start
 
 
-def geometry(before: ServerState, after: ServerState, updates: list[Update]) -> dict[str, float]:
-    """How far a merge is from the ideal and from the round before, norms over all layers together.
+def geometry(before: ServerState, after: ServerState, updates: list[Update], initial: Adapters | None = None) -> dict[str, float]:
+    """How far a merge is from the ideal, from the round before and from the start; norms over all layers together.
 
-    `aggregation_bias` = ‖ΔW − B̄Ā‖ / ‖ΔW‖ of plain averaging; `merge_error` = the same for what the strategy made of it;
-    `update_norm` = ‖scale · (B'A' − BA)‖ of the round, `update_effective_rank` its mean effective rank over layers. The first
-    two grow with the square of the clients where both factors differ, and are left out of cohorts of `MANY`.
+    `aggregation_bias` = ‖ΔW − B̄Ā‖ / ‖ΔW‖ of plain averaging; `merge_error` = the same for what the strategy made of it, what
+    it moved into the base included; of the round's change, ‖scale · (W' − W)‖ as `update_norm` and `update_nuclear_norm`, and
+    its mean `update_effective_rank` over layers; `client_angle`, the mean principal angle between the row spaces of clients'
+    A_k, and `drift_of_A`, that between A and the `initial` one, both in degrees and means over layers. Ratios and angles of
+    clients grow with the square of their number, and are left out of cohorts of `MANY`.
     """
     p, few = shares(updates), len(updates) < MANY
-    ideal, missed, error, moved, ranks = [], [], [], [], []
-    for name, pairs in layers(updates).items():
-        merged = after.adapters[name]
+    began, ended = _changes(before, before), _changes(before, after)
+    sent = [messages.fold(update.adapters, update.dense)[0] for update in updates]
+    ideal, missed, error, moved, nuclear, ranks, angles, drift = ([] for _ in range(8))  # type: ignore[var-annotated]
+    for name in before.adapters:
+        pairs = [adapters[name] for adapters in sent]
         if few:
-            exact = lowrank.stack(pairs, p)
+            exact, rank = lowrank.stack(pairs, p), max(pair.rank for pair in pairs)
             ideal.append(lowrank.norm(exact))
-            missed.append(lowrank.norm(lowrank.bias(pairs, p)))
-            error.append(lowrank.norm(lowrank.subtract(exact, merged)))
-        values = after.scale * lowrank.spectrum(lowrank.subtract(merged, before.adapters[name]))
+            missed.append(lowrank.norm(lowrank.bias([lowrank.pad(pair, rank) for pair in pairs], p)))
+            error.append(lowrank.norm(lowrank.subtract(exact, ended[name])))
+            alike = all(pair.A is pairs[0].A for pair in pairs)
+            angles.append(0.0 if alike else lowrank.principal_angle([pair.A[: min(q.rank for q in pairs)] for pair in pairs]))
+        values = after.scale * lowrank.spectrum(lowrank.subtract(ended[name], began[name]))
         moved.append(float(np.linalg.norm(values)))
+        nuclear.append(lowrank.nuclear_norm(values))
         ranks.append(lowrank.effective_rank(values))
-    measured = {"update_norm": float(np.linalg.norm(moved)), "update_effective_rank": float(np.mean(ranks))}
+        if initial:
+            drift.append(lowrank.principal_angle([after.adapters[name].A, initial[name].A]))
+    measured = {
+        "update_norm": float(np.linalg.norm(moved)),
+        "update_nuclear_norm": float(np.sum(nuclear)),
+        "update_effective_rank": float(np.mean(ranks)),
+    }
+    if initial:
+        measured["drift_of_A"] = float(np.degrees(np.mean(drift)))
     if not few:
         return measured
     whole = float(np.linalg.norm(ideal))
     return measured | {
         "aggregation_bias": float(np.linalg.norm(missed)) / whole if whole else 0.0,
         "merge_error": float(np.linalg.norm(error)) / whole if whole else 0.0,
+        "client_angle": float(np.degrees(np.mean(angles))),
     }
+
+
+def _changes(since: ServerState, state: ServerState) -> Adapters:
+    """What the adapters of a state, R folded in, and what has moved into its base `since` then come to, layer by layer."""
+    adapters, _ = messages.fold(state.adapters, state.dense)
+    changes = {}
+    for name, pair in adapters.items():
+        now, then = state.base_correction.get(name), since.base_correction.get(name)
+        parts = [(pair, 1.0), *((now, 1.0),) * (now is not then and now is not None)]
+        parts += [(then, -1.0)] * (now is not then and then is not None)
+        pairs, signs = zip(*parts, strict=True)
+        changes[name] = lowrank.stack(pairs, np.array(signs)) if len(parts) > 1 else pair
+    return changes

@@ -19,6 +19,7 @@ from strategies.updates import MANY, Sum, at_rank, in_scale, read_update
 
 Contents = dict[int, dict[str, np.ndarray]]  # client → arrays by name
 Ask = Callable[[str, Contents], Contents]  # sends clients of the round a further message and gives their answers
+SumOf = Callable[[ServerState, list[Update], str, Ask], list[Update]]
 
 
 @dataclass

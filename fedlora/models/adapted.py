@@ -167,8 +167,8 @@ class AdaptedModel:
         """The factors of round `drawn`: B = 0 and A by `init`, from the stream (seed, adapters, drawn), layer by layer.
 
         kaiming: uniform in ±1/√n, PEFT's own (rows of norm about 0.577); orthonormal: A Aᵀ = I;
-        pissa: √S_r V_rᵀ of W0. With `mixes`, where R is trained between them: orthonormal rows of A and columns of B, drawn
-        or (pissa) V_rᵀ and U_r. Not to be written to. Raises ConfigError for orthonormal or pissa with a rank above min(m, n).
+        pissa: √S_r V_rᵀ of W0. With `mixes`, where R is trained between them, B is drawn as A is. Not to be written to.
+        Raises ConfigError for orthonormal or pissa with a rank above min(m, n).
         """
         key = (init, seed, drawn, mixes)
         if key not in self._drawn:
@@ -187,10 +187,10 @@ class AdaptedModel:
                 f"adapter.rank={rank} is above {min(m, n)}, the size of {layer}; lower it for strategy.init={init}"
             )
         if init == "pissa":
-            left, values, right = np.linalg.svd(_numpy(weight).astype(np.float64), full_matrices=False)
-            A, B = right[:rank], left[:, :rank] if mixes else np.zeros((m, rank))
-            return Pair((A if mixes else np.sqrt(values[:rank])[:, None] * A).astype(np.float32), B.astype(np.float32))
-        A = lowrank.draw((rank, n), init, rng)
+            _, values, right = np.linalg.svd(_numpy(weight).astype(np.float64), full_matrices=False)
+            A = (np.sqrt(values[:rank])[:, None] * right[:rank]).astype(np.float32)
+        else:
+            A = lowrank.draw((rank, n), init, rng)
         return Pair(A, lowrank.draw((rank, m), init, rng).T.copy() if mixes else np.zeros((m, rank), np.float32))
 
     def save(self, folder: Path) -> None:

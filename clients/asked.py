@@ -1,0 +1,68 @@
+"""What a client answers when it is asked, after its training, for something made of what it keeps.
+
+    sketch, project                     products of its factors with public matrices (FedASK; `fedlora.sketch`)
+    advertise, share, mask, unmask      its part in a sum that hides its own term (`fedlora.secure`)
+
+Each is a function of the client's own state (changed), the job that the round began with, and the arrays that ask.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import numpy as np
+from flwr.app import ConfigRecord, RecordDict
+
+from clients.start import TRAINED
+from fedlora import messages, sketch
+from fedlora.lowrank import Adapters, Pair
+from fedlora.messages import EXAMPLES
+from fedlora.secure import ACTIONS, Participant
+
+Arrays = dict[str, np.ndarray]
+SECURE = "secure"  # record of a client's own state: its part in the secure sum
+
+
+def answer(action: str, client: int, state: RecordDict, job: ConfigRecord, content: Arrays) -> Arrays:
+    """The answer to one of `ACTIONS_KNOWN`. Raises RuntimeError where the client keeps nothing, ValueError by the protocol."""
+    if TRAINED not in state.array_records:
+        raise RuntimeError("this client keeps nothing that it has trained; it is asked before it was sent a round")
+    if action in ACTIONS:
+        return _secure(action, client, state, content)
+    return PRODUCTS[action](state, job, content)
+
+
+def _sketch(state: RecordDict, job: ConfigRecord, content: Arrays) -> Arrays:
+    seed = json.loads(str(job[messages.EXPERIMENT]))["seed"]
+    return sketch.sketch(_adapters(state), int(content[sketch.COLUMNS][0]), seed, int(job[messages.ROUND]))  # type: ignore[arg-type]
+
+
+def _project(state: RecordDict, job: ConfigRecord, content: Arrays) -> Arrays:
+    projected = sketch.project(_adapters(state), content)
+    del state[TRAINED]
+    return projected
+
+
+PRODUCTS: dict[str, Callable[[RecordDict, ConfigRecord, Arrays], Arrays]] = {"sketch": _sketch, "project": _project}
+ACTIONS_KNOWN = (*PRODUCTS, *ACTIONS)
+
+
+def _secure(action: str, client: int, state: RecordDict, content: Arrays) -> Arrays:
+    first = action == ACTIONS[0]
+    participant = Participant.join(client) if first else Participant(messages.arrays_of(state.array_records[SECURE]))
+    if action == "mask":
+        changes = messages.arrays_of(state.array_records[TRAINED])
+        examples = int(changes.pop(EXAMPLES)[0])
+        answered = participant.mask(content, np.concatenate([array.ravel() for array in changes.values()]), examples)
+    else:
+        answered = getattr(participant, action)(content)
+    state[SECURE] = messages.record(participant.state)
+    if action == ACTIONS[-1]:
+        del state[SECURE], state[TRAINED]
+    return answered
+
+
+def _adapters(state: RecordDict) -> Adapters:
+    factors, _, _ = messages.unpack(state.array_records[TRAINED])
+    return {layer: Pair(**both) for layer, both in factors.items()}
