@@ -42,6 +42,7 @@ ALLOWED = {
         "fedlora.messages",
         "fedlora.seeds",
     },
+    "fedlora.secure": {"fedlora.check"},
     # Commands that try the private training path: they wire parts as cli does, and nothing imports them.
     "fedlora.privacy.audit": {
         "fedlora.check",

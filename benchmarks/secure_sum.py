@@ -1,0 +1,52 @@
+"""What a secure sum costs, all its clients in this process: python -m benchmarks.secure_sum --clients 10 --lost 3."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import defaultdict
+
+import numpy as np
+
+from fedlora.secure import FixedPoint, Participant, Terms, secure_sum
+from fedlora.secure.participant import Arrays
+
+
+def measure(clients: int, size: int, lost: int) -> tuple[float, float, int, int]:
+    """Seconds of the server and of the median client, bytes of arrays up and down of the busiest; `lost` never mask."""
+    terms, rng = Terms(2 * clients // 3 + 1, 0.1, 100), np.random.default_rng(0)
+    vectors = rng.uniform(-terms.bound, terms.bound, (clients, size))
+    participants = [Participant.join(k) for k in range(clients)]
+    spent: dict[int, float] = defaultdict(float)
+    up: dict[int, int] = defaultdict(int)
+    down: dict[int, int] = defaultdict(int)
+
+    def ask(action: str, contents: dict[int, Arrays]) -> dict[int, Arrays]:
+        answers = {}
+        for k in contents.keys() - (set(range(lost)) if action == "mask" else set()):
+            began = time.perf_counter()
+            answers[k] = getattr(participants[k], action)(contents[k], *((vectors[k], 50) if action == "mask" else ()))
+            spent[k] += time.perf_counter() - began
+            up[k] += sum(array.nbytes for array in answers[k].values())
+            down[k] += sum(array.nbytes for array in contents[k].values())
+        return answers
+
+    began = time.perf_counter()
+    total = secure_sum(ask, range(clients), size, terms)
+    server = time.perf_counter() - began - sum(spent.values())
+    wrong = np.abs(total.sum - 50 * vectors[total.clients].sum(axis=0)).max()
+    assert wrong <= 0.51 * clients * FixedPoint(terms.bound, terms.most_examples, clients).step
+    return server, float(np.median(list(spent.values()))), max(up.values()), max(down.values())
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--clients", type=int, default=10)
+    parser.add_argument("--size", type=int, default=100_000)
+    parser.add_argument("--lost", type=int, default=0)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    servers, each, up, down = zip(*(measure(args.clients, args.size, args.lost) for _ in range(args.repeats)), strict=True)
+    for who, seconds in (("server", servers), ("client", each)):
+        print(f"{who}: {1e3 * np.median(seconds):.1f} ms ({1e3 * min(seconds):.1f} … {1e3 * max(seconds):.1f})")
+    print(f"a client's arrays: {up[0]} bytes up, {down[0]} down")
