@@ -34,6 +34,8 @@ class LoRAFair(LoRAStrategy):
     trains = "AB"
     paper = "LoRA-FAIR, 2411.14961"
     exact = False
+    unequal = "padded"
+    private = "weak: noise in both factors multiplies in B A"
 
     def __init__(
         self,

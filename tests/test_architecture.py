@@ -16,6 +16,7 @@ ALLOWED = {
     "fedlora.seeds": set(),
     "fedlora.cache": set(),
     "fedlora.lowrank": set(),
+    "fedlora.sketch": {"fedlora.lowrank", "fedlora.seeds"},
     "fedlora.messages": {"fedlora.lowrank"},
     "fedlora.participation": {"fedlora.seeds"},
     "fedlora.validate": {"fedlora.check", "fedlora.data", "fedlora.models"},
@@ -58,7 +59,14 @@ ALLOWED = {
         "fedlora.workbench",
         "clients",
     },
-    "strategies": {"fedlora.check", "fedlora.lowrank", "fedlora.messages", "fedlora.participation"},
+    "strategies": {
+        "fedlora.check",
+        "fedlora.lowrank",
+        "fedlora.messages",
+        "fedlora.participation",
+        "fedlora.seeds",
+        "fedlora.sketch",
+    },
     "clients": {
         "fedlora.cache",
         "fedlora.check",
@@ -69,6 +77,7 @@ ALLOWED = {
         "fedlora.models",
         "fedlora.privacy",
         "fedlora.seeds",
+        "fedlora.sketch",
         "fedlora.workbench",
     },
 }

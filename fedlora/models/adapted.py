@@ -162,10 +162,8 @@ class AdaptedModel:
             raise ConfigError(
                 f"adapter.rank={rank} is above {min(m, n)}, the size of {layer}; lower it for strategy.init={init}"
             )
-        if init == "kaiming":
-            return rng.uniform(-1, 1, (rank, n)).astype(np.float32) / np.float32(np.sqrt(n))
-        if init == "orthonormal":
-            return lowrank.orthonormal_rows(rng.standard_normal((rank, n))).astype(np.float32)
+        if init != "pissa":
+            return lowrank.draw((rank, n), init, rng)
         module: Any = self.peft.get_submodule(layer)
         weight = _numpy(module.base_layer.weight).astype(np.float64)
         if module.fan_in_fan_out:  # Conv1D keeps W0 transposed
