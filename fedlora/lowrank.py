@@ -70,6 +70,28 @@ def subtract(left: Pair, right: Pair) -> Pair:
     return stack([left, right], np.array([1.0, -1.0]))
 
 
+def compact(pair: Pair) -> Pair:
+    """The same product at a rank of at most min(r, m, n), as thin as it gets without rounding anything away.
+
+    Guarantee: directions whose row of A or column of B is zero are left out (all of them, so that rank 0 stands for a zero
+    factor), which changes no bit of the product; beyond min(m, n) the product itself becomes one factor and the identity
+    the other, exact to rounding and no larger than a factor of that rank. Small directions stay.
+    """
+    kept = pair.A.any(axis=1) & pair.B.any(axis=0)
+    A, B = pair.A[kept], pair.B[:, kept]
+    m, n = len(B), A.shape[1]
+    if len(A) <= min(m, n):
+        return Pair(A, B)
+    whole = (B.astype(np.float64) @ A.astype(np.float64)).astype(A.dtype)
+    return Pair(whole, np.eye(m, dtype=A.dtype)) if m < n else Pair(whole, np.eye(m, dtype=A.dtype))
+
+
+def add(old: Pair | None, new: Pair) -> Pair:
+    """The exact sum of two products as one compact pair in the dtype of `new`; None stands for zero."""
+    both = [new] if old is None else [Pair(*(x.astype(new.A.dtype, copy=False) for x in old)), new]
+    return compact(stack(both, np.ones(len(both))))
+
+
 def bias(pairs: Sequence[Pair], weights: np.ndarray) -> Pair:
     """What the factor-wise average misses: Σ w_k B_k A_k − B̄ Ā, for weights that sum to one.
 
@@ -123,6 +145,26 @@ def spectrum(pair: Pair) -> np.ndarray:
     return _core(pair)[1]
 
 
+def nuclear_norm(singular_values: np.ndarray) -> float:
+    """‖B A‖_* = Σ σ_i, from `spectrum`."""
+    return float(singular_values.sum())
+
+
+def principal_angle(factors: Sequence[np.ndarray]) -> float:
+    """The mean principal angle, in radians from 0 to π/2, between the row spaces of all pairs of (r, n) arrays of one shape.
+
+    Angles below 1e-7 are rounding. 0 for fewer than two arrays. A K r × K r Gram matrix and K²/2 SVDs of r × r.
+    """
+    bases = np.stack([np.linalg.qr(A.astype(np.float64).T)[0].T for A in factors])  # (K, k, n), k = min(r, n)
+    K, k, n = bases.shape
+    if K < 2:
+        return 0.0
+    flat = bases.reshape(K * k, n)
+    gram = (flat @ flat.T).reshape(K, k, K, k).transpose(0, 2, 1, 3)
+    cosines = np.linalg.svd(gram[np.triu_indices(K, 1)], compute_uv=False)
+    return float(np.arccos(np.clip(cosines, 0.0, 1.0)).mean())
+
+
 def effective_rank(singular_values: np.ndarray) -> float:
     """exp(entropy of the normalised singular values) (Roy and Vetterli, 2007): 0 for a zero matrix, at most its rank."""
     total = singular_values.sum()
@@ -152,6 +194,22 @@ def recompress(pair: Pair, rank: int) -> Pair:
     return Pair(A.astype(pair.A.dtype), B.astype(pair.B.dtype))
 
 
+def split(pair: Pair, rank: int) -> Pair:
+    """The same approximation with √S on either side: A = √S Vᵀ, B = U √S, √ of the leading `rank` singular values.
+
+    Where a singular value is numerically zero the row of A has the length of the first instead of none, and the column of
+    B what keeps the product: a direction with a zero on both sides gets no gradient, so it could never be trained again.
+    Of a zero product, A is orthonormal and B zero; rows beyond those that A spans are zero, both as in `recompress`.
+    """
+    best = recompress(_double(pair), rank)
+    values = np.linalg.norm(best.B, axis=0)
+    if values.any():
+        largest = values.max()
+        side = np.sqrt(np.where(values > np.finfo(pair.A.dtype).eps * largest, values, largest))
+        best = Pair(side[:, None] * best.A, best.B / side)
+    return Pair(best.A.astype(pair.A.dtype), best.B.astype(pair.B.dtype))
+
+
 def coordinates(A: np.ndarray, basis: np.ndarray) -> np.ndarray:
     """R (r, r) with A = R · basis, for an A (r, n) in the row space of the basis (r, n); else the nearest, by least squares.
 
@@ -164,7 +222,10 @@ def coordinates(A: np.ndarray, basis: np.ndarray) -> np.ndarray:
 
 
 def draw(shape: tuple[int, int], init: str, rng: np.random.Generator) -> np.ndarray:
-    """A factor A of that shape (r, n), drawn, float32: kaiming (uniform in ±1/√n) or orthonormal (rows, r ≤ n)."""
+    """A random A of shape (r, n), float32. Whoever draws the layers in sorted order from one generator gets the same.
+
+    kaiming: uniform in ±1/√n, PEFT's own (rows of norm about 0.577); orthonormal: A Aᵀ = I, for r ≤ n.
+    """
     if init == "kaiming":
         return rng.uniform(-1, 1, shape).astype(np.float32) / np.float32(np.sqrt(shape[1]))
     return orthonormal_rows(rng.standard_normal(shape)).astype(np.float32)

@@ -22,7 +22,7 @@ class FedAvg(LoRAStrategy):
     paper = "FedIT, 2305.05644"
     exact = False
     unequal = "padded"
-    private = "weak, noise in both factors has a quadratic term"
+    private = "weak: noise in both factors multiplies in B A"
 
     def merge(self, state: ServerState, updates: list[Update], round: int) -> ServerState:
         """(Ā, B̄) of every layer."""

@@ -22,13 +22,13 @@ class FedSVD(LoRAStrategy):
     """Average B, then refactor B A by its SVD; `every` = k refactors in every k-th round only."""
 
     trains = "B"
+    down = "BR"
     paper = "FedSVD, 2505.12805"
     exact = True
     linear = True
-    down = "BR"
     steady = False
-    unequal = "every B is averaged in the one row space of A"
-    private = "strong, noise enters B alone and A is orthonormal"
+    unequal = "a client of lower rank would erase the columns of B that it does not hold"
+    private = "strong: noise in B alone enters B A linearly, and refactoring is post-processing"
 
     def __init__(self, *, every: Annotated[int, "refactor in every k-th round only"] = 1, **keywords: Any) -> None:
         super().__init__(**keywords)

@@ -22,12 +22,12 @@ class FFALoRA(LoRAStrategy):
     """Freeze A, average B."""
 
     trains = "B"
+    down = "B"
     paper = "FFA-LoRA, 2403.12313"
     exact = True
     linear = True
-    down = "B"
-    unequal = "every B is averaged in the one row space of A"
-    private = "strong, noise enters B alone"
+    unequal = "a client of lower rank would erase the columns of B that it does not hold"
+    private = "strong: noise in B alone enters B A linearly"
 
     def merge(self, state: ServerState, updates: list[Update], round: int) -> ServerState:
         """(A, B̄) of every layer."""

@@ -35,7 +35,7 @@ class LoRAFair(LoRAStrategy):
     paper = "LoRA-FAIR, 2411.14961"
     exact = False
     unequal = "padded"
-    private = "weak, noise in both factors has a quadratic term"
+    private = "weak: noise in both factors multiplies in B A"
 
     def __init__(
         self,

@@ -15,8 +15,10 @@ ALLOWED = {
     "fedlora.check": set(),
     "fedlora.seeds": set(),
     "fedlora.cache": set(),
-    "fedlora.compression": {"fedlora.check"},
     "fedlora.lowrank": set(),
+    "fedlora.compression": {"fedlora.check"},
+    "fedlora.secure": {"fedlora.check"},
+    "fedlora.sketch": {"fedlora.lowrank", "fedlora.seeds"},
     "fedlora.messages": {"fedlora.lowrank"},
     "fedlora.participation": {"fedlora.seeds"},
     "fedlora.validate": {"fedlora.check", "fedlora.data", "fedlora.models"},
@@ -42,7 +44,6 @@ ALLOWED = {
         "fedlora.messages",
         "fedlora.seeds",
     },
-    "fedlora.secure": {"fedlora.check"},
     # Commands that try the private training path: they wire parts as cli does, and nothing imports them.
     "fedlora.privacy.audit": {
         "fedlora.check",
@@ -60,7 +61,16 @@ ALLOWED = {
         "fedlora.workbench",
         "clients",
     },
-    "strategies": {"fedlora.check", "fedlora.compression", "fedlora.lowrank", "fedlora.messages", "fedlora.participation"},
+    "strategies": {
+        "fedlora.check",
+        "fedlora.compression",
+        "fedlora.lowrank",
+        "fedlora.messages",
+        "fedlora.participation",
+        "fedlora.secure",
+        "fedlora.seeds",
+        "fedlora.sketch",
+    },
     "clients": {
         "fedlora.cache",
         "fedlora.check",
@@ -71,7 +81,9 @@ ALLOWED = {
         "fedlora.messages",
         "fedlora.models",
         "fedlora.privacy",
+        "fedlora.secure",
         "fedlora.seeds",
+        "fedlora.sketch",
         "fedlora.workbench",
     },
 }

@@ -215,6 +215,109 @@ def test_orthonormal_rows(dtype: type, seed: int) -> None:
     assert close(lowrank.orthonormal_rows(Q), Q, DTYPES[dtype])
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_split_is_the_same_approximation_with_equal_sides(shape: tuple[int, int, int], dtype: type, rank: int) -> None:
+    """Eckart-Young again, and A Aᵀ = BᵀB = S."""
+    pair = draw(shape, 3, dtype)
+    values = np.append(np.linalg.svd(dense(pair), compute_uv=False)[: min(shape)], np.zeros(rank))[:rank]
+    half = lowrank.split(pair, rank)
+    assert half.A.dtype == half.B.dtype == dtype and half.A.shape == (rank, shape[1]) and half.B.shape == (shape[0], rank)
+    assert np.abs(dense(half) - dense(lowrank.recompress(pair, rank))).max() < 3 * DTYPES[dtype] * values[0]
+    told = values > 0
+    for gram in (half.A @ half.A.T, half.B.T @ half.B):
+        assert np.abs(gram[told][:, told] - np.diag(values[told])).max() < 3 * DTYPES[dtype] * values[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_split_keeps_directions_that_have_no_value_yet(dtype: type) -> None:
+    """B of rank one: the first row of A has length √σ, the others too, and all are orthogonal; B = 0: A Aᵀ = I."""
+    pair = draw((6, 5, 3), dtype=dtype)
+    flat = lowrank.split(Pair(pair.A, np.outer(np.arange(1.0, 7), [1, 2, 3]).astype(dtype)), 3)
+    value = np.linalg.norm(dense(flat))
+    assert close(flat.A @ flat.A.T / value, np.eye(3), 3 * DTYPES[dtype])
+    assert np.abs(flat.B[:, 1:]).max() < 3 * DTYPES[dtype] * np.sqrt(value)
+    none = lowrank.split(Pair(pair.A, np.zeros((6, 3), dtype)), 3)
+    assert close(none.A @ none.A.T, np.eye(3), 3 * DTYPES[dtype]) and not none.B.any()
+
+
+# ---- sums that stay thin
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compact_keeps_the_product_at_the_smallest_rank_that_is_sure(shape: tuple[int, int, int], dtype: type) -> None:
+    pair = draw(shape, 5, dtype)
+    small = lowrank.compact(pair)
+    assert small.rank == min(shape) and small.A.shape == (min(shape), shape[1]) and small.B.shape == (shape[0], min(shape))
+    assert small.A.dtype == small.B.dtype == dtype
+    assert close(dense(small), dense(pair), DTYPES[dtype])
+    if shape[2] <= min(shape[:2]):
+        assert np.array_equal(small.A, pair.A) and np.array_equal(small.B, pair.B)  # nothing is gained, nothing is touched
+
+
+def test_compact_leaves_out_what_is_zero_and_nothing_that_is_small() -> None:
+    pair = draw((6, 5, 4))
+    pair.A[0], pair.B[:, 2] = 0.0, 0.0
+    pair.B[:, 3] *= 1e-30
+    small = lowrank.compact(pair)
+    assert small.rank == 2 and np.array_equal(dense(small), dense(Pair(pair.A[[1, 3]], pair.B[:, [1, 3]])))
+    none = lowrank.compact(Pair(pair.A, np.zeros((6, 4))))
+    assert none.A.shape == (0, 5) and none.B.shape == (6, 0)
+    assert not dense(none).any() and lowrank.norm(none) == 0.0 and lowrank.spectrum(none).size == 0
+    assert not dense(lowrank.recompress(none, 2)).any()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_is_the_dense_sum(shape: tuple[int, int, int], dtype: type) -> None:
+    """From nothing, then beyond min(m, n); in the dtype of what is added."""
+    m, n, _ = shape
+    terms = [draw((m, n, r), r, dtype) for r in (2, 1, 3, 4)]
+    total = lowrank.add(None, terms[0])
+    for count, term in enumerate(terms[1:], 2):
+        total = lowrank.add(Pair(*(x.astype(np.float64) for x in total)), term)
+        assert total.A.dtype == total.B.dtype == dtype
+        assert total.rank == min(m, n, sum((2, 1, 3, 4)[:count]))
+        size = sum(float(np.linalg.norm(dense(x))) for x in terms)
+        assert np.linalg.norm(dense(total) - sum(dense(x) for x in terms[:count])) < DTYPES[dtype] * size
+
+
+# ---- random factors and the angles between them
+
+
+def test_draw_by_hand() -> None:
+    """kaiming is uniform in ±1/√n, so its rows have norm 1/√3; orthonormal has A Aᵀ = I; the generator decides all."""
+    rng = np.random.default_rng
+    A = lowrank.draw((200, 400), "kaiming", rng(0))
+    assert A.dtype == np.float32 and A.shape == (200, 400) and 0.999 / 20 < np.abs(A).max() <= 1 / 20
+    assert np.linalg.norm(A, axis=1).mean() == pytest.approx(3**-0.5, rel=0.01)
+    Q = lowrank.draw((4, 9), "orthonormal", rng(0))
+    assert Q.dtype == np.float32 and close(Q @ Q.T, np.eye(4), 1e-6)
+    for init in ("kaiming", "orthonormal"):
+        assert np.array_equal(lowrank.draw((2, 5), init, rng(1)), lowrank.draw((2, 5), init, rng(1)))
+        assert not np.array_equal(lowrank.draw((2, 5), init, rng(1)), lowrank.draw((2, 5), init, rng(2)))
+
+
+def test_nuclear_norm_is_the_dense_one() -> None:
+    pair = draw((7, 5, 3))
+    assert lowrank.nuclear_norm(lowrank.spectrum(pair)) == pytest.approx(np.linalg.norm(dense(pair), "nuc"), rel=1e-13)
+    assert lowrank.nuclear_norm(np.array([3.0, 1.0, 0.0])) == 4.0
+
+
+def test_principal_angle_by_hand() -> None:
+    """Rows along e1, along e1 turned by 0.3, and along e2: angles .3, π/2 and π/2 − .3; lengths and signs do not matter."""
+    e1, turned, e2 = np.array([[2.0, 0, 0]]), -np.array([[np.cos(0.3), np.sin(0.3), 0]]), np.array([[0, 0.1, 0]])
+    assert lowrank.principal_angle([e1, turned, e2]) == pytest.approx((0.3 + np.pi / 2 + np.pi / 2 - 0.3) / 3, abs=1e-12)
+    A = draw((1, 9, 3)).A
+    assert lowrank.principal_angle([A, A]) < 1e-7
+    assert lowrank.principal_angle([A, draw((3, 3, 3), 1).A @ A]) < 1e-7  # another basis of the same space
+    assert lowrank.principal_angle([A]) == 0.0
+    both = np.eye(4)[:2], np.array([[1.0, 0, 0, 0], [0, np.cos(0.4), np.sin(0.4), 0]])
+    assert lowrank.principal_angle(both) == pytest.approx(0.2, abs=1e-12)  # angles 0 and 0.4
+
+
 # ---- any shape, and no m × n matrix
 
 

@@ -1,0 +1,36 @@
+"""FedEx-LoRA: averaged factors, and what the averages miss goes into the base (Singhal et al., ACL 2025, arXiv 2410.09432).
+
+    A ← Ā,   B ← B̄,   W0 ← W0 + s · (Σ p_k B_k A_k − B̄Ā),   the residual being Σ p_k (B_k − B̄)(A_k − Ā)
+
+So the model after a round is exactly the ideal one. Differences from the paper: W0 itself is never changed, the residuals are
+kept beside it as a pair of thin factors, and no m × n residual is formed; clients are weighted by p_k, not alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fedlora import lowrank
+from fedlora.lowrank import Pair
+from fedlora.messages import ServerState, Update
+from strategies.base import LoRAStrategy
+from strategies.updates import layers, shares
+
+
+class FedExLoRA(LoRAStrategy):
+    """Average A and average B, and move the aggregation bias into the base."""
+
+    trains = "AB"
+    paper = "FedEx-LoRA, 2410.09432"
+    exact = True
+    unequal = "Ā and B̄ need clients of one rank"
+    private = "weak: noise in both factors multiplies in B A, and the base keeps it"
+
+    def merge(self, state: ServerState, updates: list[Update], round: int) -> ServerState:
+        """(Ā, B̄) of every layer, and base correction ⊕ (Σ p_k B_k A_k − B̄Ā)."""
+        p, averaged, moved = shares(updates), {}, {}
+        for name, pairs in layers(updates).items():
+            averaged[name] = lowrank.mean(pairs, p)
+            missed = Pair(*(factor.astype(averaged[name].A.dtype) for factor in lowrank.bias(pairs, p)))
+            moved[name] = lowrank.add(state.base_correction.get(name), missed)
+        return replace(state, adapters=averaged, base_correction=moved)

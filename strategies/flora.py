@@ -1,0 +1,50 @@
+"""FLoRA: clients' factors are stacked and added to the base, exactly (Wang et al., NeurIPS 2024, arXiv 2409.05976).
+
+    A_s = [A_1; A_2; …],   B_s = [p_1 B_1, p_2 B_2, …],   W0 ← W0 + s · B_s A_s,   A drawn anew,   B ← 0
+
+B_s A_s = Σ p_k B_k A_k for clients of any ranks. Differences from the paper: W0 itself is never changed, what was added to
+it is kept beside it as a pair of thin factors; p_k multiplies B_k, not A_k, which is the same product; the new A is drawn
+from the run's seed and the round, so that clients can draw it too and it need not travel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from fedlora import lowrank, seeds
+from fedlora.check import ConfigError
+from fedlora.lowrank import Pair
+from fedlora.messages import ServerState, Update
+from strategies.base import LoRAStrategy
+from strategies.updates import layers, shares
+
+
+class FLoRA(LoRAStrategy):
+    """Stack all factors into the base and begin anew from a random A and B = 0."""
+
+    trains = "AB"
+    down = ""
+    redraws = True
+    paper = "FLoRA, 2409.05976"
+    exact = True
+    steady = False
+    unequal = "native"
+    private = "weak: noise in both factors multiplies in B A, and the base keeps it"
+
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(**keywords)
+        if self.init == "pissa":
+            raise ConfigError("strategy.init=pissa takes A from W0, and flora draws A anew; use kaiming or orthonormal")
+
+    def merge(self, state: ServerState, updates: list[Update], round: int) -> ServerState:
+        """Base correction ⊕ Σ p_k B_k A_k, and (A drawn for the next round, 0), of every layer."""
+        p, rng = shares(updates), seeds.stream(self.seed, "adapters", round=round)
+        moved, fresh = {}, {}
+        for name, pairs in sorted(layers(updates).items()):
+            moved[name] = lowrank.add(state.base_correction.get(name), lowrank.stack(pairs, p))
+            A, B = state.adapters[name]
+            fresh[name] = Pair(lowrank.draw(A.shape, self.init, rng).astype(A.dtype), np.zeros_like(B))
+        return replace(state, adapters=fresh, base_correction=moved)
