@@ -49,14 +49,15 @@ class DatasetConfig:
     text: str | None = setting(None, "column of the text")
     image: str | None = setting(None, "column of the image: a path (files) or an image feature (hub)")
     label: str = setting("label", "column of the label")
-    group: str | None = setting(None, "column of the natural client id, for partition=natural")
+    group: str | None = setting(None, "column of the example's group, for partition=natural or domains")
+    domains: list[str] = setting([], "images: give each example one of these looks: plain, rotation, inversion, stroke, blur")
 
 
 @dataclass
 class PartitionConfig:
     """How the training examples are dealt out to clients; every example goes to exactly one."""
 
-    name: str = setting("dirichlet", "iid, dirichlet, shards, natural or quantity")
+    name: str = setting("dirichlet", "iid, dirichlet, shards, quantity, natural or domains")
     alpha: float = setting(0.5, "dirichlet, quantity: concentration; small is skewed, large is even")
     shards_per_client: int = setting(2, "shards: label-sorted shards that each client gets")
     min_examples: int = setting(2, "floor on the examples of a client")

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from fedlora import check, data, models
 from fedlora.check import ConfigError
-from fedlora.data import partition
+from fedlora.data import domains, partition
 
 if TYPE_CHECKING:
-    from fedlora.config import Config, TrainConfig
+    from fedlora.config import Config, DatasetConfig, TrainConfig
 
 
 def validate(config: Config) -> None:
@@ -194,6 +194,7 @@ def _check_data(config: Config) -> None:
     check.positive(**{"partition.shards_per_client": config.partition.shards_per_client})
     if not 0 < config.dataset.test_fraction < 1:
         raise ConfigError(f"dataset.test_fraction={config.dataset.test_fraction} must lie between 0 and 1")
+    _check_domains(config.dataset)
     if config.model.name == "hf" and not config.model.path:
         raise ConfigError("model=hf needs model.path=<folder or hub name>")
     if config.dataset.name in ("files", "hub"):
@@ -202,3 +203,15 @@ def _check_data(config: Config) -> None:
             raise ConfigError(f"dataset={config.dataset.name} needs dataset.path=<{what}>")
         if bool(config.dataset.text) == bool(config.dataset.image):
             raise ConfigError("dataset.text and dataset.image: name one column of the two, such as dataset.text=sentence")
+
+
+def _check_domains(dataset: DatasetConfig) -> None:
+    for name in dataset.domains:
+        check.one_of(domains.names(), **{"dataset.domains": name})
+    if len(set(dataset.domains)) < len(dataset.domains):
+        raise ConfigError(f"dataset.domains={','.join(dataset.domains)} names a domain twice; name each once")
+    if dataset.domains and dataset.group:
+        raise ConfigError(
+            f"dataset.domains={','.join(dataset.domains)} makes groups of its own beside those of "
+            f"dataset.group={dataset.group}; set the first to [] or the second to null"
+        )

@@ -14,7 +14,7 @@ from fedlora.check import ConfigError
 from fedlora.config import Config, PartitionConfig
 from fedlora.data import Examples, partition
 
-DRAWN = [name for name in partition.names() if name != "natural"]
+DRAWN = [name for name in partition.names() if name not in ("natural", "domains")]  # those two read groups
 
 
 def examples_of(labels: list[int] | np.ndarray, groups: list[str] | None = None) -> Examples:
@@ -111,7 +111,7 @@ def test_too_few_examples(name: str, n: int, clients: int, floor: int, parts: li
 
 
 def test_names_are_the_schema_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {"dirichlet", "iid", "natural", "quantity", "shards"} <= set(partition.names())
+    assert {"dirichlet", "domains", "iid", "natural", "quantity", "shards"} <= set(partition.names())
     with pytest.raises(ConfigError, match=r"partition.name=shard is not known; did you mean shards\?"):
         Config(partition=PartitionConfig("shard")).checked()
     with pytest.raises(ConfigError, match=r"partition.name=shard is not known; did you mean shards\?"):
@@ -222,6 +222,51 @@ def test_what_natural_refuses(groups: list[str] | None, clients: int, floor: int
     examples = examples_of([0] * len(groups or "four"), groups)
     with pytest.raises(ConfigError, match=message):
         partition.split(PartitionConfig("natural", min_examples=floor), examples, clients, 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(drawn=st.data())
+def test_domains_gives_each_client_an_even_share_of_one_group(drawn: st.DataObject) -> None:
+    sizes = drawn.draw(st.lists(st.integers(12, 40), min_size=1, max_size=5), "examples of each group")
+    clients = drawn.draw(st.integers(len(sizes), 2 * len(sizes) + 3), "clients")
+    floor = drawn.draw(st.integers(1, 12 // -(-clients // len(sizes))), "floor")
+    names = np.repeat([str(9 + i) for i in range(len(sizes))], sizes)  # "9", "10", …, which are ordered by value
+    examples = examples_of([0] * len(names), np.random.default_rng(0).permutation(names).tolist())
+    config = PartitionConfig("domains", min_examples=floor)
+    parts = partition.split(config, examples, clients, 3)
+    assert len(parts) == clients
+    assert_dealt(parts, len(names))
+    for client, part in enumerate(parts):
+        group = client % len(sizes)
+        assert set(np.asarray(examples.groups)[part]) == {str(9 + group)}
+        holders = len(range(group, clients, len(sizes)))
+        assert len(part) in (sizes[group] // holders, -(-sizes[group] // holders)) and len(part) >= floor
+    assert equal(parts, partition.split(config, examples, clients, 3))
+
+
+def test_domains_deals_a_group_at_random() -> None:
+    examples = examples_of([0] * 100, ["a"] * 60 + ["b"] * 40)
+    one, other = (partition.split(PartitionConfig("domains"), examples, 5, seed) for seed in (0, 1))
+    assert [len(part) for part in one] == [len(part) for part in other] == [20] * 5  # a, b, a, b, a
+    assert not any(map(np.array_equal, one, other))
+    alone = partition.split(PartitionConfig("domains"), examples, 2, 0)
+    assert [part.tolist() for part in alone] == [list(range(60)), list(range(60, 100))]
+
+
+@pytest.mark.parametrize(
+    ("groups", "clients", "floor", "message"),
+    [
+        (None, 2, 1, r"make them from images by dataset.domains=\[plain,rotation\] or name their column by dataset.group$"),
+        (["a", "a", "b", "c"], 2, 1, "clients=2 is less than the 3 groups of partition=domains; set clients=3 or more"),
+        (["a"] * 9 + ["b"] * 3, 4, 2, "'b' with 2 of clients=4 × partition.min_examples=2 needs 4 examples, it has 3; lower"),
+        (["a"] * 9 + ["b"], 2, 2, "'b' with 1 of clients=2 × partition.min_examples=2 needs 2 examples, it has 1; lower"),
+        (["a", "b"], 3, 1, "clients=3 is more than the 2 examples of the training data"),
+    ],
+)
+def test_what_domains_refuses(groups: list[str] | None, clients: int, floor: int, message: str) -> None:
+    examples = examples_of([0] * len(groups or "four"), groups)
+    with pytest.raises(ConfigError, match=message):
+        partition.split(PartitionConfig("domains", min_examples=floor), examples, clients, 0)
 
 
 # ---------------------------------------------------------------- holding out

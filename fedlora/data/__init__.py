@@ -21,7 +21,7 @@ from fedlora.check import ConfigError
 if TYPE_CHECKING:
     from fedlora.config import DatasetConfig
 
-HELPERS = {"partition"}  # modules of this folder that define no dataset, besides those with a leading underscore
+HELPERS = {"domains", "partition"}  # modules of this folder that define no dataset, besides those with a leading underscore
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,7 @@ class Examples:
     labels: np.ndarray
     """(N,) int64, index into `Dataset.classes`."""
     groups: np.ndarray | None = None
-    """(N,) natural client ids, where the dataset has them."""
+    """(N,) natural client ids or domains, where the dataset has them."""
 
     def __len__(self) -> int:
         """N."""
@@ -100,4 +100,8 @@ def load(config: DatasetConfig, seed: int) -> Dataset:
             f"dataset.label={config.label}: the class '{dataset.classes[unseen[0]]}' of the test set has no training "
             "example; add some or remove it from the test set"
         )
+    if config.domains:
+        from fedlora.data import domains
+
+        return domains.spread(dataset, config.domains)
     return dataset

@@ -9,12 +9,14 @@ the most to those below the floor. No client is pushed below it by that, and a s
 | clients × min_examples > N            | ConfigError: no split can have the floor                                   |
 | natural: groups ≠ clients             | ConfigError with the number of groups; groups are never merged nor split   |
 | natural: a group below the floor      | ConfigError that names the group; natural is never repaired                |
+| domains: clients < groups             | ConfigError: some groups would have no client                              |
+| domains: a group without room         | ConfigError that names the group; no example moves between groups          |
 | shards: more shards than examples     | ConfigError: some shards would be empty                                    |
 | alpha → 0                             | each class goes to a single client (dirichlet); repaired                   |
 | one client                            | it gets everything                                                         |
 
 All randomness comes from the stream (seed, "partition"), so the split depends on nothing but the seed, these settings,
-the number of clients and the labels (natural: the groups).
+the number of clients and the labels (natural, domains: the groups).
 """
 
 from __future__ import annotations
@@ -109,21 +111,48 @@ def natural(config: PartitionConfig, examples: Examples, clients: int, rng: np.r
     """One client for each group of the dataset, in the order of their names; nothing is random."""
     if examples.groups is None:
         raise ConfigError("partition=natural needs natural client ids; name their column by dataset.group")
-    groups, group, sizes = np.unique(np.asarray(examples.groups).astype(str), return_inverse=True, return_counts=True)
+    groups = _members(examples.groups)
     if len(groups) != clients:
         raise ConfigError(
             f"clients={clients} does not fit partition=natural: the training data has {len(groups)} groups; "
             f"set clients={len(groups)}"
         )
-    smallest = sizes.argmin()
-    if sizes[smallest] < config.min_examples:
+    smallest, members = min(groups.items(), key=lambda group: len(group[1]))
+    if len(members) < config.min_examples:
         raise ConfigError(
-            f"partition.min_examples={config.min_examples} is more than the natural client '{groups[smallest]}' has "
-            f"({sizes[smallest]}); set partition.min_examples={sizes[smallest]} or remove that client from the data"
+            f"partition.min_examples={config.min_examples} is more than the natural client '{smallest}' has "
+            f"({len(members)}); set partition.min_examples={len(members)} or remove that client from the data"
         )
-    members = np.split(np.argsort(group, kind="stable"), np.cumsum(sizes)[:-1])
-    parts = dict(zip(groups.tolist(), members, strict=True))
-    return [parts[name] for name in ordered(parts)]
+    return list(groups.values())
+
+
+@partition
+def domains(config: PartitionConfig, examples: Examples, clients: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Feature skew: each client holds one of the G groups, client k the group k mod G in the order of their names.
+
+    Within a group its clients get equal shares at random.
+    """
+    if examples.groups is None:
+        raise ConfigError(
+            "partition=domains needs groups of examples; make them from images by dataset.domains=[plain,rotation] or name "
+            "their column by dataset.group"
+        )
+    groups = _members(examples.groups)
+    if clients < len(groups):
+        raise ConfigError(
+            f"clients={clients} is less than the {len(groups)} groups of partition=domains; set clients={len(groups)} or more"
+        )
+    parts: dict[int, np.ndarray] = {}
+    for first, (name, members) in enumerate(groups.items()):
+        holders = range(first, clients, len(groups))
+        if len(members) < len(holders) * config.min_examples:
+            raise ConfigError(
+                f"partition=domains: the group '{name}' with {len(holders)} of clients={clients} × partition.min_examples="
+                f"{config.min_examples} needs {len(holders) * config.min_examples} examples, it has {len(members)}; "
+                "lower one of them"
+            )
+        parts |= zip(holders, np.array_split(rng.permutation(members), len(holders)), strict=True)
+    return [parts[client] for client in range(clients)]
 
 
 @partition
@@ -166,6 +195,13 @@ def _dirichlet_shares(members: np.ndarray, alpha: float, clients: int, rng: np.r
         raise ConfigError(f"partition.alpha={alpha} is not finite; for an even split, use partition=iid")
     ends = np.cumsum(rng.dirichlet(np.full(clients, alpha)))[:-1] * len(members)
     return np.split(members, np.rint(ends).astype(np.int64))
+
+
+def _members(groups: np.ndarray) -> dict[str, np.ndarray]:
+    """The indices of each group's examples, by its name, the groups in the order of their names."""
+    names, group, sizes = np.unique(np.asarray(groups).astype(str), return_inverse=True, return_counts=True)
+    members = dict(zip(names.tolist(), np.split(np.argsort(group, kind="stable"), np.cumsum(sizes)[:-1]), strict=True))
+    return {name: members[name] for name in ordered(members)}
 
 
 def _require_room(clients: int, floor: int, available: int) -> None:
