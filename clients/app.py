@@ -97,7 +97,9 @@ def _answer(action: str) -> Callable[[Message, Context], Message]:
     def handle(message: Message, context: Context) -> Message:
         job, client = message.content.config_records[messages.CONFIG], _client(context)
         arrays = asked.answer(action, client, context.state, job, messages.arrays_of(_arrays(message)))
-        content = RecordDict({messages.ARRAYS: messages.record(arrays), messages.METRICS: MetricRecord({messages.CLIENT: client})})
+        content = RecordDict(
+            {messages.ARRAYS: messages.record(arrays), messages.METRICS: MetricRecord({messages.CLIENT: client})}
+        )
         return Message(content, reply_to=message)
 
     return handle

@@ -81,7 +81,14 @@ def _check_server(config: Config) -> None:
     server, compression = config.server, config.compression
     check.one_of(("weighted", "median", "trimmed", "norm_filter"), **{"server.mean": server.mean})
     check.one_of(("none", "momentum", "adam"), **{"server.optimizer": server.optimizer})
-    check.positive(**{"server.lr": server.lr, "server.norm_factor": server.norm_factor, "server.tau": server.tau, "server.secure_bound": server.secure_bound})
+    check.positive(
+        **{
+            "server.lr": server.lr,
+            "server.norm_factor": server.norm_factor,
+            "server.tau": server.tau,
+            "server.secure_bound": server.secure_bound,
+        }
+    )
     check.below_one(**{"server.momentum": server.momentum, "server.beta2": server.beta2})
     if not 0 <= server.trim < 0.5:
         raise ConfigError(f"server.trim={server.trim} must be at least 0 and below 0.5, since it is cut off at both ends")

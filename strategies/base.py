@@ -124,9 +124,7 @@ class LoRAStrategy(Wire):
         updates, merged = self._receive(replies, server_round)
         if updates:
             ask = self._ask
-            merged = (
-                self.sum_of(before, merged, sends, ask) if self.sum_of else self.gather(before, merged, server_round, ask)
-            )
+            merged = self.sum_of(before, merged, sends, ask) if self.sum_of else self.gather(before, merged, server_round, ask)
         updates = [update for update in updates if update.client not in report.drops]
         received_at = time.perf_counter()
         report.seconds_train = received_at - report.sent_at
@@ -148,7 +146,9 @@ class LoRAStrategy(Wire):
         self.state = self._derivable(self.state)
         report.seconds_merge = time.perf_counter() - received_at
         report.metrics |= (
-            geometry(before, self.state, merged, self.initial) | client_metrics(updates) | signal_to_noise(before, merged, updates)
+            geometry(before, self.state, merged, self.initial)
+            | client_metrics(updates)
+            | signal_to_noise(before, merged, updates)
         )
         return messages.pack(*whole(self.state)), MetricRecord(dict(report.metrics))
 

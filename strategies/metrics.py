@@ -49,7 +49,9 @@ def _sent(before: ServerState, updates: list[Update]) -> Iterator[tuple[list[np.
         yield [update.dense[name] for update in updates], start
 
 
-def geometry(before: ServerState, after: ServerState, updates: list[Update], initial: Adapters | None = None) -> dict[str, float]:
+def geometry(
+    before: ServerState, after: ServerState, updates: list[Update], initial: Adapters | None = None
+) -> dict[str, float]:
     """How far a merge is from the ideal, from the round before and from the start; norms over all layers together.
 
     `aggregation_bias` = ‖ΔW − B̄Ā‖ / ‖ΔW‖ of plain averaging; `merge_error` = the same for what the strategy made of it, what
@@ -61,7 +63,7 @@ def geometry(before: ServerState, after: ServerState, updates: list[Update], ini
     p, few = shares(updates), len(updates) < MANY
     began, ended = _changes(before, before), _changes(before, after)
     sent = [messages.fold(update.adapters, update.dense)[0] for update in updates]
-    ideal, missed, error, moved, nuclear, ranks, angles, drift = ([] for _ in range(8))  # type: ignore[var-annotated]
+    ideal, missed, error, moved, nuclear, ranks, angles, drift = ([] for _ in range(8))
     for name in before.adapters:
         pairs = [adapters[name] for adapters in sent]
         if few:
