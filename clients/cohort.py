@@ -194,7 +194,7 @@ class Trainee:
         """What this member sends back."""
         factors, dense = self.layout.split(self.flat.detach().cpu().numpy())
         sent = self.member.adapters
-        adapters = {layer: Pair(**(pair._asdict() | factors[layer])) for layer, pair in sent.items()}
+        adapters = {layer: Pair(**(pair._asdict() | factors.get(layer, {}))) for layer, pair in sent.items()}
         metrics = {"loss": self._loss(), "steps": float(self.task.steps)}
         metrics |= self.descent.diagnose(self.layout, sent, self.member.scale)
         return Trained(adapters, dense, metrics)

@@ -131,7 +131,7 @@ def conclude(
         recorder.save(ADAPTER, bench.model.save)
         if bench.config.save_merged:
             recorder.save(MERGED, bench.model.save_merged)
-        if rows:
+        if report.tested(rows):
             recorder.save(CURVES, lambda path: report.draw_curves(path, rows, summary))
         recorder.close(summary)
     except RunError as error:  # a full disk, most likely: the first reason is the one to tell

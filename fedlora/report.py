@@ -29,6 +29,7 @@ def summarise(config: Config, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The outcome of a run from its rounds: the last central evaluation, totals of bytes, seconds since the start."""
     evaluated = [row for row in rows if "accuracy" in row]
     first, last = (evaluated[0], evaluated[-1]) if evaluated else ({}, {})
+    clients = next((row for row in reversed(rows) if "client_accuracy_mean" in row), {})
     trained = rows[1:]  # round 0 is the evaluation before any training
     return {
         "strategy": config.strategy["name"],
@@ -39,6 +40,8 @@ def summarise(config: Config, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "accuracy": last.get("accuracy"),
         "loss": last.get("loss"),
         "macro_f1": last.get("macro_f1"),
+        "client_accuracy": clients.get("client_accuracy_mean"),
+        "client_accuracy_worst_decile": clients.get("client_accuracy_worst_decile"),
         "epsilon": rows[-1].get("epsilon_max") if rows else None,
         "accuracy_before": first.get("accuracy"),
         "bytes_up": sum(row["bytes_up"] for row in trained),
@@ -85,24 +88,34 @@ def _pyplot() -> Any:
     return pyplot
 
 
+def tested(rows: list[dict[str, Any]]) -> str | None:
+    """What was measured: the accuracy of the server's model, else that of the clients' own; None where nothing was."""
+    return next((key for key in ("accuracy", "client_accuracy_mean") if any(key in row for row in rows)), None)
+
+
 def draw_curves(path: Path, rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
-    """A PNG at `path`: accuracy and loss by round, and accuracy by megabytes sent."""
+    """A PNG at `path`: accuracy and loss by round, and accuracy by megabytes sent, of rows in which something was tested."""
     pyplot = _pyplot()
     megabytes = np.cumsum([row.get("bytes_up", 0) + row.get("bytes_down", 0) for row in rows]) / 1e6
-    evaluated = [(row, sent) for row, sent in zip(rows, megabytes, strict=True) if "accuracy" in row]
+    measure = tested(rows)
+    central = measure == "accuracy"  # else each client has a model of its own
+    evaluated = [(row, sent) for row, sent in zip(rows, megabytes, strict=True) if measure in row]
     rounds = [row["round"] for row, _ in evaluated]
-    accuracy = [row["accuracy"] for row, _ in evaluated]
+    accuracy = [row[measure] for row, _ in evaluated]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained", sharey=True)
     left.plot(rounds, accuracy, marker=".", color="tab:blue")
-    left.set(xlabel="round", ylabel="test accuracy")
-    loss = left.twinx()
-    loss.plot(rounds, [row["loss"] for row, _ in evaluated], color="tab:orange", linewidth=1, alpha=0.8)
-    loss.set_ylabel("test loss (nats)", color="tab:orange")
+    left.set(xlabel="round", ylabel="test accuracy" if central else "clients' own test accuracy, mean")
+    if central:
+        loss = left.twinx()
+        loss.plot(rounds, [row["loss"] for row, _ in evaluated], color="tab:orange", linewidth=1, alpha=0.8)
+        loss.set_ylabel("test loss (nats)", color="tab:orange")
     right.plot([sent for _, sent in evaluated], accuracy, marker=".", color="tab:blue")
     right.set(xlabel="megabytes sent, both ways, all clients")
-    right.annotate("pretrained", (megabytes[-1], accuracy[0]), ha="right", va="bottom", color="grey", fontsize=8)
+    if rounds[0] == 0:
+        right.annotate("pretrained", (megabytes[-1], accuracy[0]), ha="right", va="bottom", color="grey", fontsize=8)
     for axis in (left, right):
-        axis.axhline(accuracy[0], color="grey", linestyle=":", linewidth=1)
+        if rounds[0] == 0:
+            axis.axhline(accuracy[0], color="grey", linestyle=":", linewidth=1)
         axis.grid(alpha=0.3)
     figure.suptitle(f"{summary['strategy']}, {summary['clients']} clients, seed {summary['seed']}", fontsize=10)
     figure.savefig(path, dpi=120, format="png")

@@ -14,7 +14,7 @@ from fedlora.check import RunError
 from fedlora.config import Config
 
 Cell = tuple[Config, dict[str, Any]]  # settings, and the summary of the run
-COLUMNS = ("accuracy", "loss", "bytes_up", "bytes_down", "seconds")
+COLUMNS = ("accuracy", "client_accuracy", "loss", "bytes_up", "bytes_down", "seconds")
 
 
 def place(cells: list[Config], overrides: list[str]) -> list[Config]:
@@ -46,7 +46,8 @@ def over_seeds(cells: Sequence[Cell]) -> list[dict[str, Any]]:
         finished = [summary for _, summary in group if summary["status"] == "finished"]
         row: dict[str, Any] = {"run": labels[name], "seeds": len(finished), "failed": len(group) - len(finished)}
         for column in COLUMNS if finished else ():
-            row[column], row[f"{column}_ci95"] = interval([float(summary[column]) for summary in finished])
+            if all(summary.get(column) is not None for summary in finished):
+                row[column], row[f"{column}_ci95"] = interval([float(summary[column]) for summary in finished])
         rows.append(row)
     return rows
 
@@ -80,7 +81,7 @@ def frontier(cells: Sequence[Cell]) -> dict[str, list[dict[str, Any]]]:
         name: [row | {"epsilon": epsilon} for epsilon in sorted(curve) for row in over_seeds(curve[epsilon])]
         for name, curve in curves.items()
     }
-    return {name: [row for row in curve if row["seeds"]] for name, curve in rows.items()}
+    return {name: [row for row in curve if "accuracy" in row] for name, curve in rows.items()}
 
 
 def interval(values: Sequence[float]) -> tuple[float, float | None]:

@@ -112,15 +112,18 @@ class Rounds(Bar):
     def finished(self, row: dict[str, Any]) -> None:
         """One round is over; `row` is its line of rounds.jsonl."""
         self.sent += row.get("bytes_up", 0) + row.get("bytes_down", 0)
+        tested = {"accuracy", "client_accuracy_mean"} & row.keys()
         if "accuracy" in row:
             self.accuracy = f"accuracy {row['accuracy']:.3f}  loss {row['loss']:.3f}"
+        elif "client_accuracy_mean" in row:
+            self.accuracy = f"clients' accuracy {row['client_accuracy_mean']:.3f}"
         epsilon = f"ε {row['epsilon_max']:.2f}  " if "epsilon_max" in row else ""
         if self.bar:
             text = f"{self.accuracy}  {epsilon}sent {size(self.sent)}"
             self.bar.update(self.task, completed=row["round"] * self.cohort, round=str(row["round"]), text=text)
         else:
             say(
-                f"round {row['round']}/{self.config.rounds}  {self.accuracy if 'accuracy' in row else 'not evaluated'}  "
+                f"round {row['round']}/{self.config.rounds}  {self.accuracy if tested else 'not evaluated'}  "
                 f"{epsilon}up {size(row.get('bytes_up', 0))}  down {size(row.get('bytes_down', 0))}  {row['seconds']:.1f} s"
             )
         for client, reason in row.get("drops", {}).items():
@@ -161,8 +164,13 @@ def conclude(config: Config, summary: dict[str, Any], label: str = "") -> None:
     if summary["status"] == "interrupted":
         say(f"{label}{summary['reason']} after round {summary['rounds']} of {config.rounds}; what there is is in {folder}")
         return
+    if summary["accuracy"] is not None:
+        reached = f"accuracy {summary['accuracy_before']:.4f} before, {summary['accuracy']:.4f} after"
+    else:
+        own = summary["client_accuracy"]
+        reached = "no test" if own is None else f"clients' own accuracy {own:.4f} after"
     say(
-        f"{label}accuracy {summary['accuracy_before']:.4f} before, {summary['accuracy']:.4f} after {summary['rounds']} rounds; "
+        f"{label}{reached} {summary['rounds']} rounds; "
         f"up {size(summary['bytes_up'])}, down {size(summary['bytes_down'])}, "
         f"{summary['seconds']:.1f} s ({summary['seconds_to_first_round']:.1f} s to the first round); {folder}"
     )
@@ -179,11 +187,12 @@ def sweep_table(rows: list[dict[str, Any]]) -> None:
 
     table(
         "mean ± 95 % interval over seeds",
-        ["run", "seeds", "failed", "accuracy", "loss", "bytes up", "seconds"],
+        ["run", "seeds", "failed", "accuracy", "clients' accuracy", "loss", "bytes up", "seconds"],
         [
             [
                 *(str(row[key]) for key in ("run", "seeds", "failed")),
                 cell(row, "accuracy", "{:.4f}".format),
+                cell(row, "client_accuracy", "{:.4f}".format),
                 cell(row, "loss", "{:.4f}".format),
                 cell(row, "bytes_up", size),
                 cell(row, "seconds", "{:.1f}".format),

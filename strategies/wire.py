@@ -39,7 +39,7 @@ class RoundReport:
 
     def as_row(self, started: float) -> dict[str, Any]:
         """The round as a line of rounds.jsonl; `started` is the run's own time.perf_counter()."""
-        row = asdict(self)
+        row = {name: value for name, value in asdict(self).items() if name != "client_accuracy" or value}
         metrics, sent_at = row.pop("metrics"), row.pop("sent_at")
         return row | metrics | {"started": sent_at - started}
 
