@@ -83,7 +83,7 @@ def compact(pair: Pair) -> Pair:
     if len(A) <= min(m, n):
         return Pair(A, B)
     whole = (B.astype(np.float64) @ A.astype(np.float64)).astype(A.dtype)
-    return Pair(whole, np.eye(m, dtype=A.dtype)) if m < n else Pair(whole, np.eye(m, dtype=A.dtype))
+    return Pair(whole, np.eye(m, dtype=A.dtype)) if m <= n else Pair(np.eye(n, dtype=A.dtype), whole)
 
 
 def add(old: Pair | None, new: Pair) -> Pair:
