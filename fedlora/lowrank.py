@@ -57,12 +57,13 @@ def stack(pairs: Sequence[Pair], weights: np.ndarray) -> Pair:
     return Pair(A, B.astype(A.dtype))
 
 
-def pad(pair: Pair, rank: int) -> Pair:
-    """The same product at a higher rank: rows of zeros below A, columns of zeros beside B."""
+def pad(pair: Pair, rank: int, rows: np.ndarray | None = None) -> Pair:
+    """The same product at a higher rank: columns of zeros beside B, and below A rows of zeros, or those of `rows` (rank, n)."""
     more = rank - pair.rank
     if not more:
         return pair
-    return Pair(np.pad(pair.A, ((0, more), (0, 0))), np.pad(pair.B, ((0, 0), (0, more))))
+    below = np.zeros((more, pair.A.shape[1]), pair.A.dtype) if rows is None else rows[pair.rank :]
+    return Pair(np.concatenate([pair.A, below]), np.pad(pair.B, ((0, 0), (0, more))))
 
 
 def subtract(left: Pair, right: Pair) -> Pair:

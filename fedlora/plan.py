@@ -205,12 +205,14 @@ def expense(bench: Workbench, strategy: LoRAStrategy, state: ServerState, whole:
 def bytes_up(state: ServerState, strategy: LoRAStrategy, client: int = 0) -> float:
     """Bytes of a client's reply in a round; the mean of two neighbouring rounds, which may differ in what is trained."""
     rank = None if strategy.ranks is None else strategy.ranks[client]
-    return sum(bytes_of(strategy.sent_up(state, round, rank)) for round in (1, 2)) / 2
+    further = bytes_of(strategy.sent_further(state)[0])
+    return further + sum(bytes_of(strategy.sent_up(state, round, rank)) for round in (1, 2)) / 2
 
 
 def bytes_down(state: ServerState, strategy: LoRAStrategy, client: int = 0) -> int:
-    """Bytes of the message that begins a round for a client, before anything has moved into the base."""
-    return bytes_of(strategy.sent_down(state, None if strategy.ranks is None else strategy.ranks[client]))
+    """Bytes of what a client is sent in a round, before anything has moved into the base."""
+    begin = strategy.sent_down(state, None if strategy.ranks is None else strategy.ranks[client])
+    return bytes_of(begin) + bytes_of(strategy.sent_further(state)[1])
 
 
 def bytes_of(arrays: dict[str, np.ndarray]) -> int:
@@ -220,8 +222,11 @@ def bytes_of(arrays: dict[str, np.ndarray]) -> int:
 
 def trained(state: ServerState, strategy: LoRAStrategy) -> int:
     """Parameters that a client of full rank trains: factors, or what stands between them, and the head if it is trained."""
-    factors = [getattr(pair, f) for pair in state.adapters.values() for f in "AB" if f in strategy.trains]
-    return sum(array.size for array in [*factors, *state.dense.values()])
+
+    def size(factors: str) -> int:
+        return sum(getattr(pair, f).size for pair in state.adapters.values() for f in "AB" if f in factors)
+
+    return max(size(strategy.trained(round)) for round in (1, 2)) + sum(array.size for array in state.dense.values())
 
 
 def ranked(strategy: LoRAStrategy) -> Derived:

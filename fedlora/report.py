@@ -29,7 +29,7 @@ def summarise(config: Config, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The outcome of a run from its rounds: the last central evaluation, totals of bytes, seconds since the start."""
     evaluated = [row for row in rows if "accuracy" in row]
     first, last = (evaluated[0], evaluated[-1]) if evaluated else ({}, {})
-    clients = next((row for row in reversed(rows) if "client_accuracy_mean" in row), {})
+    clients: dict[str, Any] = next((row for row in reversed(rows) if "client_accuracy_mean" in row), {})
     trained = rows[1:]  # round 0 is the evaluation before any training
     return {
         "strategy": config.strategy["name"],
@@ -97,7 +97,7 @@ def draw_curves(path: Path, rows: list[dict[str, Any]], summary: dict[str, Any])
     """A PNG at `path`: accuracy and loss by round, and accuracy by megabytes sent, of rows in which something was tested."""
     pyplot = _pyplot()
     megabytes = np.cumsum([row.get("bytes_up", 0) + row.get("bytes_down", 0) for row in rows]) / 1e6
-    measure = tested(rows)
+    measure = tested(rows) or "accuracy"
     central = measure == "accuracy"  # else each client has a model of its own
     evaluated = [(row, sent) for row, sent in zip(rows, megabytes, strict=True) if measure in row]
     rounds = [row["round"] for row, _ in evaluated]

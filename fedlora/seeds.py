@@ -4,8 +4,8 @@ No stream depends on another having been drawn from, so changing the strategy or
 the split of the data, and a client's batches are the same on any worker. The key is hashed, so that neighbouring
 clients, rounds and seeds get unrelated streams.
 
-The purposes in use: partition, holdout, test split, domains train, domains test, adapters, head, participation, batches,
-dropout, noise, audit.
+The purposes in use: partition, domains train, domains test, holdout, test split, adapters, head, participation, ranks,
+batches, dropout, noise, sketch, audit.
 """
 
 from __future__ import annotations

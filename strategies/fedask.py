@@ -10,7 +10,6 @@ direction whose singular value is zero keeps a row of A, so that it can be train
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -21,8 +20,7 @@ from fedlora.lowrank import Pair
 from fedlora.messages import ServerState, Update
 from strategies.base import LoRAStrategy
 from strategies.updates import layers, shares
-
-Arrays = dict[int, dict[str, np.ndarray]]  # client → arrays by name
+from strategies.wire import Ask, Shapes
 
 
 class FedASK(LoRAStrategy):
@@ -51,28 +49,43 @@ class FedASK(LoRAStrategy):
         """As `factors` says, in every round."""
         return self.factors
 
-    def gather(
-        self, state: ServerState, updates: list[Update], round: int, ask: Callable[[str, Arrays], Arrays]
-    ) -> list[Update]:
+    def gather(self, state: ServerState, updates: list[Update], round: int, ask: Ask) -> list[Update]:
         """Of every client that answers both messages, Qᵀ B_k A_k as A and the one Q as B.
 
         Of one that answers the first alone its share of Q stays, so that a full sketch of the others may be none.
         """
-        columns = np.array([max(pair.rank for pair in state.adapters.values()) + self.oversampling])
-        sketches = ask("sketch", {update.client: {sketch.COLUMNS: columns} for update in updates})
+        ends, names = self._shapes(state), list(state.adapters)
+        columns = {sketch.COLUMNS: np.array([self._columns(state)])}
+        sketches = ask("sketch", {update.client: columns for update in updates}, ends[0])
         updates = [update for update in updates if update.client in sketches]
         if not updates:
             return []
-        p, names = shares(updates), list(state.adapters)
+        p = shares(updates)
         Y = {name: lowrank.average([sketches[u.client][f"{name}.sketch"] for u in updates], p) for name in names}
         Q = {name: sketch.basis(Y[name]) for name in names}
         sent = {f"{name}.basis": Q[name] for name in names}
-        answers = ask("project", {update.client: sent for update in updates})
+        answers = ask("project", {update.client: sent for update in updates}, ends[1])
         return [
             replace(u, adapters={name: Pair(answers[u.client][f"{name}.projected"], Q[name]) for name in names})
             for u in updates
             if u.client in answers
         ]
+
+    def sent_further(self, state: ServerState) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Arrays like those of the two further messages: sketches and projections up, bases down."""
+        sketched, projected = self._shapes(state)
+        bases = {name.replace(".sketch", ".basis"): shape for name, shape in sketched.items()}
+        up, down = ({name: np.zeros(shape, np.float32) for name, shape in s.items()} for s in (sketched | projected, bases))
+        return up, down
+
+    def _columns(self, state: ServerState) -> int:
+        return max(pair.rank for pair in state.adapters.values()) + self.oversampling
+
+    def _shapes(self, state: ServerState) -> tuple[Shapes, Shapes]:
+        sizes = {name: (len(pair.B), pair.A.shape[1]) for name, pair in state.adapters.items()}
+        width = {name: min(self._columns(state), *size) for name, size in sizes.items()}
+        sketched: Shapes = {f"{name}.sketch": (m, width[name]) for name, (m, _) in sizes.items()}
+        return sketched, {f"{name}.projected": (width[name], n) for name, (_, n) in sizes.items()}
 
     def merge(self, state: ServerState, updates: list[Update], round: int) -> ServerState:
         """(√S_r V_rᵀ, U_r √S_r) of every layer's Σ p_k Q Qᵀ B_k A_k; (A, 0) where that is zero."""

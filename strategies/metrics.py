@@ -11,6 +11,8 @@ from fedlora.lowrank import Adapters
 from fedlora.messages import ServerState, Update
 from strategies.updates import MANY, shares
 
+COMPARED = 32  # clients whose row spaces are compared, pair by pair
+
 
 def client_metrics(updates: list[Update]) -> dict[str, float]:
     """Averages, weighted by examples, of what every client measured of its own training, as `client_<name>`."""
@@ -56,9 +58,9 @@ def geometry(
 
     `aggregation_bias` = ‖ΔW − B̄Ā‖ / ‖ΔW‖ of plain averaging; `merge_error` = the same for what the strategy made of it, what
     it moved into the base included; of the round's change, ‖scale · (W' − W)‖ as `update_norm` and `update_nuclear_norm`, and
-    its mean `update_effective_rank` over layers; `client_angle`, the mean principal angle between the row spaces of clients'
-    A_k, and `drift_of_A`, that between A and the `initial` one, both in degrees and means over layers. Ratios and angles of
-    clients grow with the square of their number, and are left out of cohorts of `MANY`.
+    its mean `update_effective_rank` over layers; `client_angle`, the mean principal angle between the row spaces of A_k of
+    clients (the first `COMPARED`), and `drift_of_A`, that between A and the `initial` one, both in degrees and means over
+    layers. What compares clients grows with the square of their number, and is left out of cohorts of `MANY`.
     """
     p, few = shares(updates), len(updates) < MANY
     began, ended = _changes(before, before), _changes(before, after)
@@ -72,7 +74,8 @@ def geometry(
             missed.append(lowrank.norm(lowrank.bias([lowrank.pad(pair, rank) for pair in pairs], p)))
             error.append(lowrank.norm(lowrank.subtract(exact, ended[name])))
             alike = all(pair.A is pairs[0].A for pair in pairs)
-            angles.append(0.0 if alike else lowrank.principal_angle([pair.A[: min(q.rank for q in pairs)] for pair in pairs]))
+            rows = [pair.A[: min(q.rank for q in pairs)] for pair in pairs[:COMPARED]]
+            angles.append(0.0 if alike else lowrank.principal_angle(rows))
         values = after.scale * lowrank.spectrum(lowrank.subtract(ended[name], began[name]))
         moved.append(float(np.linalg.norm(values)))
         nuclear.append(lowrank.nuclear_norm(values))

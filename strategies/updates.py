@@ -31,13 +31,19 @@ def at_rank(state: ServerState, rank: int) -> ServerState:
 def in_scale(update: Update, scale: float, state: ServerState, padded: bool) -> Update:
     """The update of a client whose own scale is `scale`, in that of the state: what it is larger by goes into B.
 
-    With `padded`, at the rank of the state too, by zeros.
+    With `padded`, at the rank of the state too: by columns of zeros beside B, and below A by the rows that the client was not
+    given, since a direction that is zero in both factors would never move again.
     """
     if scale == state.scale:
         return update
-    own, factor = next(iter(state.adapters.values())).rank, scale / state.scale
+    factor = scale / state.scale
     pairs = {name: Pair(pair.A, pair.B * pair.B.dtype.type(factor)) for name, pair in update.adapters.items()}
-    return replace(update, adapters={name: lowrank.pad(pair, own) if padded else pair for name, pair in pairs.items()})
+    if padded:
+        pairs = {
+            name: lowrank.pad(pair, own.rank, own.A)
+            for (name, pair), own in zip(pairs.items(), state.adapters.values(), strict=True)
+        }
+    return replace(update, adapters=pairs)
 
 
 def read_update(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
@@ -18,7 +18,19 @@ from strategies.rollcall import RollCall
 from strategies.updates import MANY, Sum, at_rank, in_scale, read_update
 
 Contents = dict[int, dict[str, np.ndarray]]  # client → arrays by name
-Ask = Callable[[str, Contents], Contents]  # sends clients of the round a further message and gives their answers
+Shapes = dict[str, tuple[int, ...]]  # of arrays by name
+
+
+class Ask(Protocol):
+    """Sends clients of the round a further message and gives their answers."""
+
+    def __call__(self, action: str, contents: Contents, shapes: Shapes | None = None) -> Contents:
+        """Of a message of type train.`action`; where `shapes` are given, other arrays or such that are not finite are none.
+
+        Who gives no answer is named as a drop.
+        """
+
+
 SumOf = Callable[[ServerState, list[Update], str, Ask], list[Update]]
 
 
@@ -112,6 +124,10 @@ class Wire(FlowerFedAvg):
         arrays = messages.named(state.adapters, {} if self.personal else state.dense, self.sends(round))
         return compression.encode(arrays, self.encodes[1], self.encodes[2])
 
+    def sent_further(self, state: ServerState) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Arrays of the names and shapes that further messages of a round bring, up and down; none as a rule."""
+        return {}, {}
+
     def _derivable(self, state: ServerState) -> ServerState:
         """The state in the very numbers that clients derive: A from its rotation, to the last bit."""
         if not self.derive or "R" not in self.down or "R" in self.trains:
@@ -147,8 +163,8 @@ class Wire(FlowerFedAvg):
         order = {node: place for place, node in enumerate(nodes)}
         return sorted(made, key=lambda message: order[message.metadata.dst_node_id])
 
-    def _ask(self, action: str, contents: Contents) -> Contents:
-        """Sends clients of this round a message of type train.`action`; who fails to answer is named as a drop."""
+    def _ask(self, action: str, contents: Contents, shapes: Shapes | None = None) -> Contents:
+        """See `Ask`."""
         assert self.report is not None and self._grid is not None
         nodes = {client: node for node, client in self._roll.client.items()}
         asked = [
@@ -175,7 +191,14 @@ class Wire(FlowerFedAvg):
             self.report.bytes_up += messages.array_bytes(reply.content)
             record = next(iter(reply.content.array_records.values()), None)
             if record is not None:
-                answers[client] = messages.arrays_of(record)
+                arrays = messages.arrays_of(record)
+                wrong = [name for name, shape in (shapes or {}).items() if not fits(arrays.get(name), shape)]
+                if wrong:
+                    self.report.drops[client] = (
+                        f"{wrong[0]} in its answer to {action} is missing, not finite or of another shape"
+                    )
+                else:
+                    answers[client] = arrays
         for client in contents:
             if client not in answers:
                 self.report.drops.setdefault(client, f"no answer to {action} in time")
@@ -248,6 +271,11 @@ class Wire(FlowerFedAvg):
 def whole(state: ServerState) -> tuple[Adapters, dict[str, np.ndarray], str, Adapters]:
     """What `messages.pack` takes to send all of a state."""
     return state.adapters, state.dense, "AB", state.base_correction
+
+
+def fits(array: np.ndarray | None, shape: tuple[int, ...]) -> bool:
+    """Whether there is an array, of that shape, with nothing but numbers in it."""
+    return array is not None and array.shape == shape and bool(np.isfinite(array).all())
 
 
 def error_of(reply: Message) -> str:

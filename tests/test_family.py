@@ -24,6 +24,7 @@ from fedlora.lowrank import Adapters, Pair
 from fedlora.messages import ServerState, Update
 from strategies import LoRAStrategy
 from strategies.metrics import geometry
+from strategies.wire import Contents, Shapes
 
 LAYERS = {"head": (2, 8), "query": (9, 7), "value": (5, 11)}  # name → (m, n); the first has fewer rows than the rank
 RANK, SCALE = 3, 0.5
@@ -89,9 +90,11 @@ class Round:
         if self.strategy.withholds:
             self.given = self.strategy.gather(self.state, self.given, self.number, self.answer)
 
-    def answer(self, action: str, sent: dict[int, dict[str, np.ndarray]]) -> dict[int, dict[str, np.ndarray]]:
-        """What honest clients reply to a message that asks for more."""
-        return {client: self.one_answer(action, client, arrays) for client, arrays in sent.items()}
+    def answer(self, action: str, sent: Contents, shapes: Shapes | None = None) -> Contents:
+        """What honest clients reply to a message that asks for more, in the shapes that are asked for."""
+        answers = {client: self.one_answer(action, client, arrays) for client, arrays in sent.items()}
+        assert all({name: array.shape for name, array in arrays.items()} == shapes for arrays in answers.values())
+        return answers
 
     def one_answer(self, action: str, client: int, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         own = self.clients[client].adapters
