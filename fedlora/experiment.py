@@ -90,10 +90,11 @@ def run(config: Config, started: float, app: str = engines.CLIENT_APP, engine_na
 def initial_state(bench: Workbench, strategy: LoRAStrategy) -> ServerState:
     """What the server begins with: B = 0, A by the strategy's `init`, the head as it was loaded; R = 0 where it is trained.
 
-    The strategy gets to know the clients' ranks, which may depend on the model.
+    The strategy gets to know how the factors begin, and the clients' ranks, which may depend on the model.
     """
     mixes = "R" in strategy.trains
     adapters = bench.model.initial(strategy.init, bench.config.seed, mixes=mixes)
+    strategy.initial = adapters
     strategy.ranks = ranks.of_clients(bench.config, adapters, strategy.trains)
     dense = {} if strategy.personal else dict(bench.model.initial_head)
     if mixes:
