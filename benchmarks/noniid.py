@@ -22,8 +22,8 @@ CONFIGS = Path(__file__).parent.parent / "configs"
 RATES = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 SKEWS = ("dirichlet", "domains")
 TUNING, SEEDS = 100, (0, 1, 2, 3, 4)
-VARIANTS = {name: (f"strategy={name}",) for name in strategies.names()} | {
-    "ffa_lora, orthonormal": ("strategy=ffa_lora", "strategy.init=orthonormal")
+VARIANTS: dict[str, dict[str, str]] = {name: {"strategy": name} for name in strategies.names()} | {
+    "ffa_lora, orthonormal": {"strategy": "ffa_lora", "strategy.init": "orthonormal"}
 }
 MEASURES = ("accuracy", "client_accuracy", "client_accuracy_worst_decile", "bytes_up", "bytes_down", "aggregation_bias")
 
@@ -40,20 +40,7 @@ class Cell(NamedTuple):
 def outcomes(wanted: Iterable[Cell], results: Path) -> dict[Cell, dict[str, Any]]:
     """The summaries of these runs, with the mean bias over rounds; those that failed are left out."""
     order = list(wanted)
-    configs = [
-        cli.compose(
-            CONFIGS,
-            [
-                "experiment=noniid",
-                *VARIANTS[cell.variant],
-                f"partition={cell.skew}",
-                f"train.lr={cell.rate}",
-                f"seed={cell.seed}",
-                f"results={results}",
-            ],
-        )  # fmt: skip
-        for cell in order
-    ]
+    configs = [cli.compose(CONFIGS, [f"{name}={value}" for name, value in settings(cell, results).items()]) for cell in order]
     placed = dict(zip((config.to_json() for config in configs), order, strict=True))
     found = {}
     for config, summary in cells.run(configs):
@@ -62,6 +49,12 @@ def outcomes(wanted: Iterable[Cell], results: Path) -> dict[Cell, dict[str, Any]
             bias = [row["aggregation_bias"] for row in rows if "aggregation_bias" in row]
             found[placed[config.to_json()]] = summary | {"aggregation_bias": sum(bias) / len(bias) if bias else 0.0}
     return found
+
+
+def settings(cell: Cell, results: Path) -> dict[str, Any]:
+    """What a run is asked for on the command line."""
+    placed = {"partition": cell.skew, "train.lr": cell.rate, "seed": cell.seed, "results": results}
+    return {"experiment": "noniid"} | VARIANTS[cell.variant] | placed
 
 
 def score(summary: dict[str, Any]) -> float:

@@ -71,8 +71,8 @@ class Wire(FlowerFedAvg):
     exact: ClassVar[bool]  # whether the merged product is Σ p_k B_k A_k
     linear: ClassVar[bool] = False  # whether merge needs no more of the updates than their weighted mean
     steady: ClassVar[bool] = True  # whether a merge stays in the coordinates that clients were given
-    unequal: ClassVar[str]  # clients of unequal rank: "native", "padded", or the reason why not
-    private: ClassVar[str]  # how it suits DP-SGD: strong, good, possible or weak, and why
+    unequal: ClassVar[str] = "its server step is not made for them"  # unequal ranks: "native", "padded", or why not
+    private: ClassVar[str] = "unknown"  # how it suits DP-SGD: strong, good, possible or weak, and after a colon why
 
     scale: float
     init: str
