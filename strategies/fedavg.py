@@ -21,6 +21,7 @@ class FedAvg(LoRAStrategy):
     trains = "AB"
     paper = "FedIT, 2305.05644"
     exact = False
+    linear = True
     unequal = "padded"
     private = "weak: noise in both factors multiplies in B A"
 

@@ -60,9 +60,10 @@ def geometry(
     it moved into the base included; of the round's change, ‖scale · (W' − W)‖ as `update_norm` and `update_nuclear_norm`, and
     its mean `update_effective_rank` over layers; `client_angle`, the mean principal angle between the row spaces of A_k of
     clients (the first `COMPARED`), and `drift_of_A`, that between A and the `initial` one, both in degrees and means over
-    layers. What compares clients grows with the square of their number, and is left out of cohorts of `MANY`.
+    layers. What compares clients grows with the square of their number, and is left out of cohorts of `MANY`, and where one
+    update stands for them all.
     """
-    p, few = shares(updates), len(updates) < MANY
+    p, few = shares(updates), len(updates) < MANY and all(update.client >= 0 for update in updates)
     began, ended = _changes(before, before), _changes(before, after)
     sent = [messages.fold(update.adapters, update.dense)[0] for update in updates]
     ideal, missed, error, moved, nuclear, ranks, angles, drift = ([] for _ in range(8))
