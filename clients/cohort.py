@@ -22,7 +22,7 @@ from clients.task import Task
 from clients.train import mean
 from fedlora import lowrank
 from fedlora.lowrank import Adapters, Pair
-from fedlora.models.encode import Encoded
+from fedlora.models.encode import Encoded, moved
 from fedlora.models.layout import Layout
 from fedlora.models.rows import Rows, Span
 
@@ -147,7 +147,7 @@ class Cohort:
         return self._tensor(arrays[0] if same else np.stack(arrays))
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
+        return moved(torch.from_numpy(array), self.device)
 
 
 class Trainee:

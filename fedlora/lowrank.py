@@ -31,9 +31,9 @@ Adapters = dict[str, Pair]  # layer name → factors
 
 def average(arrays: Sequence[np.ndarray], weights: np.ndarray) -> np.ndarray:
     """Σ w_k X_k over arrays of one shape, summed in float64."""
-    total = np.zeros(arrays[0].shape)
+    total, part = np.zeros(arrays[0].shape), np.empty(arrays[0].shape)
     for array, weight in zip(arrays, weights, strict=True):
-        total += weight * array.astype(np.float64)
+        total += np.multiply(array, weight, out=part, dtype=np.float64)  # into the same memory: new pages cost more than sums
     return total.astype(arrays[0].dtype)
 
 

@@ -56,29 +56,44 @@ class LoRAFair(LoRAStrategy):
         """(Ā, B̄ + ΔB) of every layer."""
         p, merged = shares(updates), {}
         for name, pairs in layers(updates).items():
-            centre = lowrank.mean(pairs, p)
-            correction = self._ridge(pairs, p, centre) if self.solver == "ridge" else self._descend(pairs, p, centre)
-            merged[name] = Pair(centre.A, (centre.B + correction).astype(centre.B.dtype))
+            A = lowrank.average([pair.A for pair in pairs], p)
+            B = self._ridge(pairs, p, A) if self.solver == "ridge" else self._descend(pairs, p, A)
+            merged[name] = Pair(A, B.astype(pairs[0].B.dtype))
         return replace(state, adapters=merged)
 
-    def _ridge(self, pairs: list[Pair], p: np.ndarray, centre: Pair) -> np.ndarray:
-        """ΔB, shape (m, r). With λ = 0 and a rank-deficient Ā, the least-squares solution of smallest norm."""
-        U, s, Vt = np.linalg.svd(centre.A.astype(np.float64), full_matrices=False)  # (r, k), (k,), (k, n)
-        kept = s > np.finfo(np.float64).eps * centre.A.shape[1] * s[0]
-        damped = np.divide(s, s**2 + self.lam, out=np.zeros_like(s), where=kept)  # Āᵀ (ĀĀᵀ + λI)⁻¹ = V damped Uᵀ
-        missed = lowrank.bias(pairs, p)
-        return missed.B @ (missed.A @ Vt.T * damped) @ U.T
+    def _ridge(self, pairs: list[Pair], p: np.ndarray, A: np.ndarray) -> np.ndarray:
+        """B̄ + ΔB = Σ p_k B_k (I + (A_k − Ā) Āᵀ (ĀĀᵀ + λI)⁻¹), shape (m, r), in one pass over the clients.
 
-    def _descend(self, pairs: list[Pair], p: np.ndarray, centre: Pair) -> np.ndarray:
-        """ΔB, shape (m, r), after `steps` of proximal gradient descent from zero. Zero where the cosine has no meaning."""
-        A, start = centre.A.astype(np.float64), centre.B.astype(np.float64)
-        ideal = lowrank.stack(pairs, p)
+        It holds since Σ p_k B_k (A_k − Ā) = ΔW − B̄Ā. With λ = 0 and a rank-deficient Ā, the least-squares solution of
+        smallest norm. What goes through A_k and B_k is in their own dtype, all else in float64.
+        """
+        wide = A.astype(np.float64)
+        _, s, Ut = np.linalg.svd(np.linalg.qr(wide.T, mode="r"), full_matrices=False)  # Ā = U s Vᵀ; Uᵀ (k, r)
+        kept = s > np.finfo(np.float64).eps * A.shape[1] * s[0]
+        inverse = np.divide(1.0, s**2 + self.lam, out=np.zeros_like(s), where=kept)  # (ĀĀᵀ + λI)⁻¹ = U inverse Uᵀ
+        directions = (wide.T @ Ut.T).astype(A.dtype)  # V s, (n, k)
+        missed = np.array([(pair.A - A) @ directions for pair in pairs])  # (K, r, k)
+        turns = p[:, None, None] * (np.eye(len(A)) + (missed * inverse) @ Ut)
+        B = np.zeros_like(pairs[0].B)
+        for pair, turn in zip(pairs, turns.astype(A.dtype), strict=True):
+            B += pair.B @ turn
+        return B
+
+    def _descend(self, pairs: list[Pair], p: np.ndarray, A: np.ndarray) -> np.ndarray:
+        """B̄ + ΔB, shape (m, r), after `steps` of proximal gradient descent from zero. ΔB = 0 where the cosine has no meaning.
+
+        ΔB never leaves the columns of B̄ and ΔW Āᵀ, so that the descent is on its coordinates in a basis of them, (2r, r).
+        """
+        centre, ideal = lowrank.average([pair.B for pair in pairs], p), lowrank.stack(pairs, p)
         length = lowrank.norm(ideal)
+        if not length * lowrank.norm(Pair(A, centre)):
+            return centre
+        A = A.astype(np.float64)
+        goal = ideal.B @ (ideal.A @ A.T) / length  # (m, r), so that the cosine is ⟨goal, B⟩ / ‖BĀ‖
+        basis, coordinates = np.linalg.qr(np.concatenate([centre, goal], axis=1))
+        start, goal = np.split(coordinates, 2, axis=1)
         gram, steepest = A @ A.T, np.linalg.norm(A, 2) ** 2
         correction = np.zeros_like(start)
-        if not length * lowrank.norm(centre):
-            return correction
-        goal = ideal.B @ (ideal.A @ A.T) / length  # (m, r), so that the cosine is ⟨goal, B⟩ / ‖BĀ‖
         for _ in range(self.steps):
             B = start + correction
             size = np.sqrt(np.sum((B @ gram) * B))  # ‖BĀ‖
@@ -86,4 +101,4 @@ class LoRAFair(LoRAStrategy):
             correction -= self.lr / steepest * (cosine * (B @ gram) - size * goal)  # the step times the gradient of S
             moved, shrinkage = np.linalg.norm(correction), self.lr / steepest * size**2 * self.lam
             correction *= max(0.0, 1.0 - shrinkage / moved) if moved else 0.0
-        return correction
+        return centre + basis @ correction

@@ -12,6 +12,13 @@ from torch import Tensor
 PREFIX = "prefix"  # key of a batch: hidden states that the model need not compute (fedlora.models.prefix)
 
 
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device, without waiting for what a GPU still computes: the host goes on to the next batch meanwhile."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)  # torch keeps pinned memory until the copy is done
+
+
 @dataclass(frozen=True)
 class Encoded:
     """Model-ready examples; a subclass says what a batch of them is."""
@@ -25,7 +32,7 @@ class Encoded:
         """Keyword arguments of the model's forward pass for the examples at `indices`, labels among them."""
         chosen = torch.from_numpy(np.asarray(indices))
         inputs = self.inputs(chosen) | {"labels": self.labels[chosen]}
-        return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
+        return {name: moved(tensor, device) for name, tensor in inputs.items()}
 
     def inputs(self, chosen: Tensor) -> dict[str, Tensor]:
         """The inputs without the labels."""
