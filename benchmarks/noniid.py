@@ -19,7 +19,7 @@ from fedlora import cells, cli, report
 from fedlora.sweep import interval
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-RATES = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+RATES = (0.1, 0.3, 1.0, 3.0)
 SKEWS = ("dirichlet", "domains")
 TUNING, SEEDS = 100, (0, 1, 2, 3, 4)
 VARIANTS: dict[str, dict[str, str]] = {name: {"strategy": name} for name in strategies.names()} | {
