@@ -10,34 +10,29 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import signal
 import sys
 import time
-import traceback
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, replace
 from itertools import groupby
-from types import FrameType
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fedlora
 from fedlora import terminal
-from fedlora.check import ConfigError, RunError
+from fedlora.check import ConfigError
 from fedlora.config import Config
 from fedlora.interrupt import CtrlC
+from fedlora.player import INTERRUPTED, Player, Seat, Summary, attempt
 from fedlora.records import Recorder
 from fedlora.sweep import Cell
 
 if TYPE_CHECKING:
     from fedlora.plan import Estimate
 
-Summary = dict[str, Any]
 ATTEMPTS = 2  # at a cell whose worker dies
 GRACE = 60.0  # seconds that a stopped cell has to save what there is
-INTERRUPTED: Summary = {"status": "interrupted"}  # before anything was written
 
 
 def run(cells: Sequence[Config]) -> list[Cell]:
@@ -89,7 +84,7 @@ def side_by_side(recorders: Sequence[Recorder]) -> tuple[list[tuple[int, ...]], 
         return [], 1, 0.0
     wanted = {resources(recorders[number].config) for number in unfinished}
     workers, gpus = wanted.pop()
-    if wanted or workers == 1:
+    if wanted or workers == 1 or not _see_results(recorders[unfinished[0]].config):
         return [], 1, 0.0
     unfinished.sort(key=lambda number: _resident(recorders[number].config))
     in_step: list[tuple[int, ...]] = []
@@ -97,6 +92,19 @@ def side_by_side(recorders: Sequence[Recorder]) -> tuple[list[tuple[int, ...]], 
         numbers = list(alike)
         in_step += [tuple(numbers[i : i + engines[0].share]) for i in range(0, len(numbers), engines[0].share)]
     return in_step[: len(in_step) // workers * workers], workers, gpus
+
+
+def _see_results(cell: Config) -> bool:
+    """Whether workers can write the results where they belong: on a cluster, if every node sees that folder."""
+    if cell.engine.address is None:
+        return True
+    from fedlora.engines import cluster, pool
+
+    pool.start_ray(cell.engine)
+    seen = cluster.sees(Path(cell.results))
+    if not seen:
+        terminal.say(f"results={cell.results} is not a folder of every node, so the cells run one after another")
+    return seen
 
 
 def show_plan(cells: Sequence[Config], estimates: Sequence[Estimate], noise: Sequence[str]) -> None:
@@ -124,18 +132,6 @@ def show_plan(cells: Sequence[Config], estimates: Sequence[Estimate], noise: Seq
     )
 
 
-def attempt(cell: Config, started: float, engine_name: str | None = None) -> Summary:
-    """The summary of one cell of several; where it fails, the reason instead, so that the others can go on."""
-    from fedlora import experiment
-
-    try:
-        return experiment.run(cell, started, engine_name=engine_name)
-    except (ConfigError, RunError) as error:
-        return {"status": "failed", "reason": str(error)}
-    except Exception:  # a defect, ours or a library's, that may concern this cell alone
-        return {"status": "failed", "reason": traceback.format_exc()}
-
-
 def _conclude(recorder: Recorder, summary: Summary, label: str = "") -> Summary:
     if summary["status"] == "failed":
         print(f"error: {label}{summary['reason']}", file=sys.stderr)
@@ -153,58 +149,12 @@ def _resident(cell: Config) -> str:
 # ---- whole cells on Ray workers
 
 
-class Player:
-    """A Ray actor: a process that plays one whole cell at a time."""
-
-    def __init__(self, command: list[str]) -> None:
-        from fedlora import experiment  # noqa: F401  # loads what is heavy before a cell's time begins
-
-        sys.argv = command  # env.json tells the command of the sweep
-        self.playing = self.stopped = False
-        # Ray's processes block SIGINT, and a terminal would send it to the whole group besides: the driver sends this one.
-        signal.signal(signal.SIGUSR1, self._ctrl_c)
-
-    def pid(self) -> int:
-        """The process, for the driver to signal."""
-        return os.getpid()
-
-    def play(self, cells: list[str]) -> list[Summary]:
-        """The summaries of the cells, played inline: one by itself, several in step."""
-        from fedlora.engines import instep
-
-        if self.stopped:
-            return [INTERRUPTED] * len(cells)
-        name, started = "inline" if len(cells) == 1 else "instep", time.perf_counter()
-        played = [partial(attempt, Config.from_json(cell), started, engine_name=name) for cell in cells]
-        self.playing = True
-        try:
-            return [played[0]()] if len(cells) == 1 else instep.run(played, lambda: self.stopped)
-        except KeyboardInterrupt:
-            return [INTERRUPTED] * len(cells)
-        finally:
-            self.playing = False
-
-    def _ctrl_c(self, number: int, frame: FrameType | None) -> None:
-        """What Ctrl-C does in a process that plays a single run."""
-        self.stopped = True
-        handler = signal.getsignal(signal.SIGINT)
-        if self.playing and callable(handler):
-            handler(signal.SIGINT, frame)
-
-
-@dataclass
-class Seat:
-    """A player, and the reference to its process id, which is there as soon as the process is."""
-
-    player: Any
-    pid: Any
-
-
 class SideBySide:
     """Plays cells on so many workers at a time."""
 
     def __init__(self, recorders: list[Recorder], workers: int, gpus: float) -> None:
         self.recorders, self.workers, self.gpus = recorders, workers, gpus
+        self.rising: dict[Any, Seat] = {}  # by the reference to where they are, until it is there
         self.idle: list[Seat] = []
         self.waiting: deque[tuple[tuple[int, ...], int]] = deque()  # numbers of cells in step, and attempts left
         self.running: dict[Any, tuple[Seat, tuple[int, ...], int]] = {}  # by the reference to the summaries
@@ -214,35 +164,55 @@ class SideBySide:
         """Summaries of the cells with these numbers; on Ctrl-C every cell of the sweep that has not ended is interrupted."""
         import ray
 
-        from fedlora.engines.ray import start_ray
+        from fedlora.engines.pool import start_ray
 
         numbers = [number for numbers in in_step for number in numbers]
         terminal.say(f"{len(numbers)} of {len(self.recorders)} cells side by side, {self.workers} at a time")
         shown = terminal.Cells({number: self.recorders[number] for number in numbers})
         try:
             with shown, CtrlC() as ctrl_c:
-                start_ray(self.workers)
+                engine = self.recorders[numbers[0]].config.engine
+                start_ray(replace(engine, workers=self.workers))
                 self.waiting.extend((together, ATTEMPTS) for together in in_step)
-                self.idle.extend(self._seat() for _ in range(self.workers))
+                for _ in range(self.workers):
+                    self._seat()
                 while self.waiting or self.running:
                     while self.waiting and self.idle:
                         self._begin(self.idle.pop(), *self.waiting.popleft())
-                    for task in ray.wait(list(self.running), timeout=1.0)[0]:
-                        self._end(task)
+                    for task in ray.wait([*self.running, *self.rising], timeout=1.0)[0]:
+                        self._rise(task) if task in self.rising else self._end(task)
                     shown.update(self.ended, [number for _, numbers, _ in self.running.values() for number in numbers])
                     ctrl_c.check()
         except KeyboardInterrupt:
             self._stop()
         finally:
-            for seat in [*self.idle, *(seat for seat, _, _ in self.running.values())]:
+            for seat in [*self.idle, *self.rising.values(), *(seat for seat, _, _ in self.running.values())]:
                 ray.kill(seat.player)
         return self.ended
 
-    def _seat(self) -> Seat:
+    def _seat(self) -> None:
+        """Take on a player; it is idle when it is up."""
+        from fedlora.engines import cluster
+
+        driver = cluster.driver(self.recorders[0].config)
+        player = cluster.actor(Player, self.gpus).remote(sys.argv, driver)
+        seat = Seat(player, player.place.remote())
+        self.rising[seat.place] = seat
+
+    def _rise(self, task: Any) -> None:
+        """A player is up, or its node has left; raises RunError where the node cannot play."""
         import ray
 
-        player = ray.remote(num_cpus=1, num_gpus=self.gpus, max_restarts=0)(Player).remote(sys.argv)
-        return Seat(player, player.pid.remote())
+        seat = self.rising.pop(task)
+        try:
+            ray.get(task)
+            self.idle.append(seat)
+        except ray.exceptions.RayActorError as error:
+            if error.actor_init_failed:
+                from fedlora.engines import cluster
+
+                raise cluster.cause(error) from error
+            self._seat()
 
     def _label(self, number: int) -> str:
         return f"cell {number + 1} of {len(self.recorders)}: "
@@ -263,7 +233,7 @@ class SideBySide:
             self.idle.append(seat)
         except ray.exceptions.RayError:
             ray.kill(seat.player)
-            self.idle.append(self._seat())
+            self._seat()
             if attempts > 1:
                 for number in numbers:
                     terminal.say(self._label(number) + "its worker died, so it is run again")
@@ -280,10 +250,9 @@ class SideBySide:
         import ray
 
         terminal.say("stopped by Ctrl-C; the cells that run save what there is")
-        pids = [seat.pid for seat, _, _ in self.running.values()]
-        for pid in ray.wait(pids, num_returns=len(pids), timeout=0)[0] if pids else ():
+        for seat, _, _ in self.running.values():
             with contextlib.suppress(ray.exceptions.RayError, ProcessLookupError):  # it has died meanwhile
-                os.kill(ray.get(pid), signal.SIGUSR1)
+                seat.stop()
         deadline = time.monotonic() + GRACE
         for task, (_, numbers, _) in list(self.running.items()):
             with contextlib.suppress(ray.exceptions.RayError):  # died, or took too long

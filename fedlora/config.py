@@ -155,6 +155,7 @@ class EngineConfig:
     """Where clients run. Changes speed only, never a number."""
 
     name: str = setting("ray", "ray (own grid over Ray actors), inline (this process) or flower (Flower's simulation)")
+    address: str | None = setting(None, "ray: an existing cluster, head:port or auto; none: a Ray of this process's own")
     workers: int | None = setting(None, "ray, flower: worker processes; none: one a core, or one a GPU")
     gpus_per_worker: float | None = setting(None, "ray, flower: share of a GPU a worker holds; none: 1 on cuda, else 0")
     cohort: str = setting("auto", "ray, inline: clients that share a pass: auto (measured once a machine) or a number")

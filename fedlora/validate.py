@@ -12,7 +12,7 @@ from fedlora.check import ConfigError
 from fedlora.data import domains, partition
 
 if TYPE_CHECKING:
-    from fedlora.config import Config, DatasetConfig, TrainConfig
+    from fedlora.config import Config, DatasetConfig, EngineConfig, TrainConfig
 
 
 def validate(config: Config) -> None:
@@ -35,10 +35,24 @@ def validate(config: Config) -> None:
     if config.engine.cohort != "auto" and not (config.engine.cohort.isdecimal() and int(config.engine.cohort)):
         raise ConfigError(f"engine.cohort={config.engine.cohort} must be auto or a number of clients from 1 on")
     check.positive(**{"engine.share": config.engine.share})
+    _check_address(config.engine)
     if config.engine.workers is not None:
         check.positive(**{"engine.workers": config.engine.workers})
     if config.engine.gpus_per_worker is not None:
         check.not_negative(**{"engine.gpus_per_worker": config.engine.gpus_per_worker})
+
+
+def _check_address(engine: EngineConfig) -> None:
+    address = engine.address
+    if address is None:
+        return
+    if engine.name != "ray":
+        raise ConfigError(
+            f"engine.address={address} needs engine=ray, and engine={engine.name} runs on this machine; set it to null"
+        )
+    host, _, port = address.rpartition(":")
+    if address != "auto" and not (host and "/" not in host and port.isdecimal() and 0 < int(port) < 65536):
+        raise ConfigError(f"engine.address={address} must be auto, or host:port of the head node, such as 10.0.0.1:6379")
 
 
 def _check_ranks(config: Config) -> None:
@@ -111,7 +125,7 @@ def _check_server(config: Config) -> None:
 
 def engine_names() -> list[str]:
     """The engines there are, by the files of their folder; importing them would load Flower for a question about a name."""
-    parts = {"local", "instep"}  # what engines share, and what sweeps use
+    parts = {"cluster", "local", "instep", "pool"}  # what engines share, and what sweeps use
     return sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).parent / "engines")]) if m.name not in parts)
 
 

@@ -1,6 +1,7 @@
 """ClientApps that misbehave: the real one, with a fault in front of it. Workers import them by module and name."""
 
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -85,6 +86,18 @@ def _hangs(message, context, client):
     return real.train(message, context)
 
 
+def _kills_its_node(message, context, client):
+    """Whoever trains on the node that the mark names takes the whole node with it, in mid-round, once a mark."""
+    import ray
+
+    mark = Path(os.environ["FEDLORA_TEST_MARK"])
+    if mark.exists() and mark.read_text() == ray.get_runtime_context().get_node_id():
+        mark.unlink()
+        os.kill(os.getppid(), signal.SIGKILL)  # the raylet
+        time.sleep(3600)
+    return real.train(message, context)
+
+
 def _raises_together(clients, play):
     if FAULTY & set(clients):
         raise ValueError("one of them is broken, and nobody can tell which")
@@ -103,5 +116,5 @@ def _dies_together(clients, play):
 
 raises_together, nan_together = _wrap(_raises, _raises_together), _wrap(_raises, _nan_together)
 raises, nan, another_shape, all_raise = map(_wrap, (_raises, _nan, _another_shape, _all_raise))
-dies_once, hangs = map(_wrap, (_dies_once, _hangs))
+dies_once, hangs, kills_its_node = map(_wrap, (_dies_once, _hangs, _kills_its_node))
 always_dies = _wrap(_always_dies, _dies_together)

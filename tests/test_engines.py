@@ -11,7 +11,7 @@ from flwr.app import ConfigRecord
 
 import strategies
 from fedlora import engines, experiment, messages, workbench
-from fedlora.engines import ray as ray_engine
+from fedlora.engines import pool
 from tests import apps
 
 SETTINGS = {
@@ -84,7 +84,7 @@ def test_a_worker_that_dies_is_replaced_and_its_client_run_again(config, tmp_pat
     expected = fit(config, chosen=["fedsvd"])
     monkeypatch.setenv("FEDLORA_TEST_MARK", str(tmp_path / "mark"))
     config.engine.name, config.engine.workers = "ray", 2
-    ray_engine.shutdown()  # so that the workers see the variable
+    pool.shutdown()  # so that the workers see the variable
     assert fit(config, "tests.apps:dies_once", ["fedsvd"]) == expected
     assert (tmp_path / "mark").exists()
 
@@ -110,7 +110,7 @@ def test_a_client_that_hangs_is_dropped_at_the_deadline_and_its_worker_replaced(
     config.engine.name, config.engine.workers = "ray", 2
     strategy = _one_round(config, "tests.apps:hangs", timeout=15.0)
     assert strategy.report.drops == {1: "no reply in time"}
-    assert len(ray_engine._pool.idle) == 2
+    assert pool._pool.size == 2
 
 
 def test_the_content_of_a_round_is_stored_once(config, monkeypatch) -> None:

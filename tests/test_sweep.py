@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from fedlora import cells, cli, records, terminal
-from fedlora.engines import ray as ray_engine
+from fedlora.config import Config
+from fedlora.engines import cluster, pool
 from tests.conftest import ROOT, run_py
 
 FAST = ["-m", "clients=4", "rounds=2", "fraction=null", "train.steps=1", "device=cpu", "engine.workers=2", "name=sweep"]
@@ -88,9 +89,9 @@ def test_ctrl_c_saves_every_cell_that_runs_and_leaves_no_process(tmp_path) -> No
 def workers(tmp_path, monkeypatch):
     """Ray workers that see the variable by which a cell's process is told to die."""
     monkeypatch.setenv("FEDLORA_TEST_MARK", str(tmp_path / "mark"))
-    ray_engine.shutdown()
+    pool.shutdown()
     yield
-    ray_engine.shutdown()
+    pool.shutdown()
 
 
 class Mortal(cells.Player):
@@ -199,5 +200,5 @@ def test_a_cell_in_step_that_fails_leaves_the_others_alone_and_ctrl_c_ends_them_
 def player():
     """A player in this process."""
     before = signal.getsignal(signal.SIGUSR1)
-    yield cells.Player(sys.argv)
+    yield cells.Player(sys.argv, cluster.driver(Config()))
     signal.signal(signal.SIGUSR1, before)

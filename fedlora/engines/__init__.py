@@ -51,7 +51,8 @@ def load_app(app: str) -> Any:
 
 
 def resources(config: Config) -> tuple[int, float]:
-    """Workers, and GPUs a worker: what the settings say, else one worker a core, or one a GPU with device=cuda."""
+    """Workers, and GPUs a worker: what the settings say, else one worker a core, or one a GPU with device=cuda,
+    of this machine or of the cluster's that are free."""
     from fedlora.workbench import torch_device
 
     on_gpu = torch_device(config.device).type == "cuda"
@@ -61,6 +62,10 @@ def resources(config: Config) -> tuple[int, float]:
         raise ConfigError(f"engine.gpus_per_worker={share:g} needs a GPU, and device={config.device} gives none; set it to 0")
     if config.engine.workers is not None:
         return config.engine.workers, share
+    if config.engine.address is not None:
+        from fedlora.engines import pool
+
+        return pool.room(config.engine, share), share
     if share:
         import torch
 

@@ -13,7 +13,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedlora.config import Config
-from fedlora.engines import OnReply, load_app, ray, resources
+from fedlora.engines import OnReply, load_app, pool, resources
 
 
 class FlowerEngine:
@@ -35,7 +35,7 @@ class FlowerEngine:
                 drive(self._stoppable(grid))
 
         workers, gpus = resources(self.config)
-        ray.shutdown()  # a pool from an earlier cell of a sweep would keep Flower's actors from ever starting
+        pool.shutdown()  # a pool from an earlier cell of a sweep would keep Flower's actors from ever starting
         with warnings.catch_warnings(), self._orderly_stop():
             warnings.simplefilter("ignore", DeprecationWarning)
             run_simulation(
@@ -47,7 +47,7 @@ class FlowerEngine:
                     "client_resources": {"num_cpus": 1, "num_gpus": gpus},
                 },
             )
-        ray.shutdown()
+        pool.shutdown()
         if self.stopped.is_set():
             raise KeyboardInterrupt
 

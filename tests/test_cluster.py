@@ -1,0 +1,120 @@
+"""A Ray cluster of several nodes: where a client runs, and which node dies under it, changes no number."""
+
+import dataclasses
+import socket
+import time
+
+import pytest
+from ray.cluster_utils import Cluster
+
+from fedlora import check, cli
+from fedlora.engines import cluster, make, pool
+from tests.conftest import ROOT
+from tests.test_engines import fit
+
+
+@pytest.fixture(scope="module")
+def mark(tmp_path_factory):
+    """The file in which a test says which node is to die; the nodes inherit the variable."""
+    file = tmp_path_factory.mktemp("mark") / "node"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDLORA_TEST_MARK", str(file))
+        yield file
+
+
+@pytest.fixture(scope="module")
+def nodes(mark):
+    """A real cluster on this machine: a head, and one more node."""
+    pool.shutdown()
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    nodes.add_node(num_cpus=1)
+    yield nodes
+    pool.shutdown()
+    nodes.shutdown()
+
+
+@pytest.fixture
+def config(small, nodes):
+    config = small(clients_per_round=6)
+    return dataclasses.replace(config, engine=dataclasses.replace(config.engine, name="ray", address=nodes.address, retries=0))
+
+
+def inline(config):
+    return dataclasses.replace(config, engine=dataclasses.replace(config.engine, name="inline", address=None))
+
+
+def workers_on(config, app, wanted) -> None:
+    """Wait until the pool has a warm worker on each of these nodes, and no other."""
+    started = make(config, app).starting.result()
+    deadline = time.monotonic() + 120
+    while {seat.node for seat in started.idle} != set(wanted):
+        assert time.monotonic() < deadline, [seat.node for seat in started.idle]
+        started.admit()
+        time.sleep(0.2)
+
+
+def test_a_node_that_dies_in_mid_round_and_one_that_joins_leave_the_numbers_alone(config, nodes, mark) -> None:
+    app, expected = "tests.apps:kills_its_node", fit(inline(config), chosen=["fedsvd"])
+    head, doomed = nodes.head_node.node_id, nodes.list_all_nodes()[-1]
+    for _ in range(2):  # the second time it is a node that has joined
+        workers_on(config, app, [head, doomed.node_id])
+        mark.write_text(doomed.node_id)
+        assert fit(config, app, ["fedsvd"]) == expected  # retries=0: a client that is blamed would be dropped
+        assert not mark.exists()  # a client was at work there
+        nodes.remove_node(doomed)  # what is left of it
+        doomed = nodes.add_node(num_cpus=1)
+    workers_on(config, app, [head, doomed.node_id])
+    pool.shutdown()
+    assert socket.create_connection(nodes.address.rsplit(":", 1), 5)  # we have left, and it stands
+    pool.start_ray(config.engine)
+    deadline = time.monotonic() + 30
+    while cluster.free(0) != 2:  # and nothing of ours holds a core
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def test_a_node_without_the_data_is_named(config) -> None:
+    config.dataset = dataclasses.replace(config.dataset, name="files", path="/nowhere/train.csv", text="text")
+    with pytest.raises(check.RunError, match=r"^node .+ \(.+\): dataset.path=/nowhere/train.csv does not exist"):
+        workers_on(config, "clients.app:app", ["never"])
+
+
+def test_a_node_with_other_versions_is_refused_with_the_difference(config, monkeypatch) -> None:
+    there = cluster.versions()
+    monkeypatch.setattr(cluster, "versions", lambda: there | {"torch": "1.0"})
+    told = rf"^node .+ has torch {there['torch']} and not 1.0 as here; install the same versions on every node$"
+    with pytest.raises(check.RunError, match=told.replace("+cpu", r"\+cpu")):
+        workers_on(config, "clients.app:app", ["never"])
+
+
+def test_cells_side_by_side_run_on_the_cluster(config, nodes, tmp_path, capsys) -> None:
+    pool.shutdown()  # so that the sweep is the one to join
+    swept = ["-m", "clients=4", "rounds=1", "fraction=null", "train.steps=1", "device=cpu", "seed=1,2", f"results={tmp_path}"]
+    assert cli.main(ROOT / "configs", [*swept, f"engine.address={nodes.address}", "engine.workers=2"]) == 0
+    assert "2 of 2 cells side by side, 2 at a time" in capsys.readouterr().out
+    assert cluster.joined == nodes.address
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_an_address_that_nobody_answers_ends_with_one_sentence(capsys, tmp_path, deaf) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        if deaf:
+            listener.listen()
+        assert cli.main(ROOT / "configs", [f"engine.address={address}", f"results={tmp_path}"]) == 2
+    cure = "start a cluster (ray start --head --port=6379), or correct the address"
+    assert capsys.readouterr().err == f"error: engine.address={address}: no Ray cluster answers there; {cure}\n"
+
+
+@pytest.mark.parametrize("address", ["head", "head:", ":6379", "head:0", "ray://head:10001", "http://head:6379"])
+def test_an_address_that_is_none_is_refused(small, address) -> None:
+    with pytest.raises(check.ConfigError, match=r"must be auto, or host:port of the head node"):
+        small(engine__name="ray", engine__address=address)
+
+
+def test_an_engine_that_cannot_use_a_cluster_refuses_one(small) -> None:
+    with pytest.raises(
+        check.ConfigError, match=r"engine.address=auto needs engine=ray, and engine=inline runs on this machine"
+    ):
+        small(engine__name="inline", engine__address="auto")
