@@ -249,7 +249,7 @@ def start_ray(workers: int) -> None:
         shutdown()
     if not ray.is_initialized():
         cores = max(workers, os.cpu_count() or 1)
-        ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init("local", num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         atexit.register(ray.shutdown)
 
 
