@@ -54,7 +54,8 @@ def _secure(action: str, client: int, state: RecordDict, content: Arrays) -> Arr
     if action == "mask":
         changes = messages.arrays_of(state.array_records[TRAINED])
         examples = int(changes.pop(EXAMPLES)[0])
-        answered = participant.mask(content, np.concatenate([array.ravel() for array in changes.values()]), examples)
+        vector = np.concatenate([changes[name].ravel() for name in sorted(changes)])  # the order of `messages.named`
+        answered = participant.mask(content, vector, examples)
     else:
         answered = getattr(participant, action)(content)
     state[SECURE] = messages.record(participant.state)

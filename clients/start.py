@@ -1,8 +1,8 @@
 """What a client starts from in a round: what it was sent, completed by what it knows itself.
 
 A:  sent, or else drawn from the seed as the server drew it; where R came and is not trained, R · A
-B:  sent, or else the client's own (a personal strategy), or else as it began: zero, or orthonormal where R is trained
-head:  sent, or else the client's own, or else as the model was loaded
+B:  the client's own (a personal strategy), or else sent, or else as it began: zero, or orthonormal where R is trained
+head:  the client's own, or else sent, or else as the model was loaded
 """
 
 from __future__ import annotations
@@ -51,16 +51,17 @@ def begin(bench: Workbench, job: ConfigRecord, sent: Arrays, state: RecordDict) 
     """The start of a client whose own state is `state`, from what the job and the arrays sent say. Nothing is written to."""
     trains = str(job[messages.TRAINS])
     init, drawn = str(job.get(messages.INIT, "kaiming")), int(job.get(messages.DRAWN, 0))  # type: ignore[arg-type]
-    own = messages.unpack(state.array_records[PERSONAL]) if PERSONAL in state.array_records else None
+    keeps = bool(job.get(messages.PERSONAL)) and PERSONAL in state.array_records
+    own = messages.unpack(state.array_records[PERSONAL]) if keeps else None
     rank = int(job.get(messages.RANK, bench.model.rank))  # type: ignore[arg-type]
     adapters: Adapters = {}
     for layer in bench.model.layers:
-        given = (own.factors.get(layer, {}) if own else {}) | sent.factors.get(layer, {})
+        given = sent.factors.get(layer, {}) | (own.factors.get(layer, {}) if own else {})
         if len(given) < 2:
             known = bench.model.initial(init, bench.config.seed, drawn, "R" in trains)[layer]
             given = {"A": known.A[:rank], "B": known.B[:, :rank]} | given
         adapters[layer] = Pair(**given)
-    dense = bench.model.initial_head | (own.dense if own else {}) | sent.dense
+    dense = bench.model.initial_head | sent.dense | (own.dense if own else {})
     if "R" not in trains:
         adapters, dense = messages.fold(adapters, dense)
     return Start(adapters, dense, sent.correction, bench.config.adapter.alpha / rank)
@@ -104,10 +105,10 @@ def _left(state: RecordDict, begun: Start, factors: str) -> dict[str, np.ndarray
     if LEFT not in state.array_records:
         return {}
     left, at = (messages.arrays_of(state.array_records[key]) for key in (LEFT, LEFT_AT))
-    if factors == "B":
+    if factors != "AB":
         for layer, pair in begun.adapters.items():
-            name = f"{layer}.lora_B.weight"
-            left[name] = compression.carried(left[name], at[f"{layer}.lora_A.weight"], pair.A)
+            if (name := f"{layer}.lora_B.weight") in left:
+                left[name] = compression.carried(left[name], at[f"{layer}.lora_A.weight"], pair.A)
     return left
 
 

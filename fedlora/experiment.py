@@ -125,7 +125,7 @@ def conclude(
     bench: Workbench, state: ServerState, recorder: Recorder, outcome: dict[str, str], notes: list[str]
 ) -> dict[str, Any]:
     """Save the merged adapter and the plot, write the summary last, and return it; raises RunError for a failed run."""
-    bench.model.write(state.adapters, state.dense, state.base_correction)
+    bench.model.write(state.adapters, bench.model.initial_head | state.dense, state.base_correction)  # no client's own head
     rows = report.read_rounds(recorder.folder)
     summary = report.summarise(bench.config, rows) | outcome | {"notes": notes}
     try:

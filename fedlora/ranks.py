@@ -33,11 +33,12 @@ def dealt(values: Any, clients: int, seed: int) -> list[float]:
     """A list as it is; of {value: share}, each value to its share of the clients (largest remainders), at random."""
     if isinstance(values, list):
         return list(values)
-    exact = np.array(list(values.values())) * clients
+    kinds = sorted((float(value), share) for value, share in values.items())  # in whatever order they were written
+    exact = np.array([share for _, share in kinds]) * clients
     counts = np.floor(exact + 1e-9).astype(int)
     for place in np.argsort(counts - exact, kind="stable")[: clients - counts.sum()]:
         counts[place] += 1
-    hand = np.repeat([float(value) for value in values], counts)
+    hand = np.repeat([value for value, _ in kinds], counts)
     return [float(value) for value in seeds.stream(seed, "ranks").permutation(hand)]
 
 

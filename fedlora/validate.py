@@ -65,7 +65,7 @@ def _check_ranks(config: Config) -> None:
         if isinstance(values, dict) and values:
             given = list(values)
             if any(not isinstance(share, int | float) or share <= 0 for share in values.values()) or (
-                abs(sum(values.values()) - 1) > 1e-6
+                not abs(sum(values.values()) - 1) <= 1e-6
             ):
                 raise ConfigError(f"{name}={values}: shares must be above 0 and add up to 1, as in {name}={{4:.5,8:.5}}")
         elif isinstance(values, list) and len(values) == config.clients:
@@ -95,15 +95,10 @@ def _check_server(config: Config) -> None:
     server, compression = config.server, config.compression
     check.one_of(("weighted", "median", "trimmed", "norm_filter"), **{"server.mean": server.mean})
     check.one_of(("none", "momentum", "adam"), **{"server.optimizer": server.optimizer})
-    check.positive(
-        **{
-            "server.lr": server.lr,
-            "server.norm_factor": server.norm_factor,
-            "server.tau": server.tau,
-            "server.secure_bound": server.secure_bound,
-        }
-    )
-    check.below_one(**{"server.momentum": server.momentum, "server.beta2": server.beta2})
+    for name in ("lr", "norm_factor", "tau", "secure_bound"):
+        check.positive(**{f"server.{name}": getattr(server, name)})
+    for name in ("momentum", "beta2"):
+        check.below_one(**{f"server.{name}": getattr(server, name)})
     if not 0 <= server.trim < 0.5:
         raise ConfigError(f"server.trim={server.trim} must be at least 0 and below 0.5, since it is cut off at both ends")
     if server.mean != "weighted" and config.privacy.name == "user":

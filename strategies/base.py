@@ -143,7 +143,7 @@ class LoRAStrategy(Wire):
         self.state = self.merge(replace(before, dense=average_dense(merged)), merged, server_round)
         if self.optimizer:
             self.state = self.optimizer(before, self.state, sends)
-        self.state = self._derivable(self.state)
+        self.state = self._derivable(before, self.state)
         report.seconds_merge = time.perf_counter() - received_at
         report.metrics |= (
             geometry(before, self.state, merged, self.initial)

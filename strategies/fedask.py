@@ -76,7 +76,7 @@ class FedASK(LoRAStrategy):
         sketched, projected = self._shapes(state)
         bases = {name.replace(".sketch", ".basis"): shape for name, shape in sketched.items()}
         up, down = ({name: np.zeros(shape, np.float32) for name, shape in s.items()} for s in (sketched | projected, bases))
-        return up, down
+        return up, down | {sketch.COLUMNS: np.array([self._columns(state)])}
 
     def _columns(self, state: ServerState) -> int:
         return max(pair.rank for pair in state.adapters.values()) + self.oversampling

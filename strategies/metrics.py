@@ -27,13 +27,15 @@ def signal_to_noise(before: ServerState, updates: list[Update], measured: list[U
     """‖Σ p_k X_k − X‖ over the norm that noise alone is expected to give it, X all that clients send; plain SGD under DP only.
 
     Every client says in what it `measured` its noise's standard deviation s_k in each coordinate; that of the average is
-    √Σ p_k² s_k².
+    √Σ p_k² s_k². Left out where the arrays are of other shapes than the state's (clients of other ranks, FedASK's projections).
     """
     if not measured or any(not update.metrics.get("noise_std") for update in measured):
         return {}
     std = float(np.linalg.norm(shares(measured) * np.array([update.metrics["noise_std"] for update in measured])))
     p, moved, dimensions = shares(updates), 0.0, 0
     for sent, start in _sent(before, updates):
+        if any(array.shape != start.shape for array in sent):
+            return {}
         average = lowrank.average(sent, p)
         moved += float(np.sum((average - start.astype(np.float64)) ** 2))
         dimensions += start.size
@@ -76,7 +78,8 @@ def geometry(
             error.append(lowrank.norm(lowrank.subtract(exact, ended[name])))
             alike = all(pair.A is pairs[0].A for pair in pairs)
             rows = [pair.A[: min(q.rank for q in pairs)] for pair in pairs[:COMPARED]]
-            angles.append(0.0 if alike else lowrank.principal_angle(rows))
+            if rank <= before.adapters[name].rank:  # not of FedASK's projections, whose rows outnumber their directions
+                angles.append(0.0 if alike else lowrank.principal_angle(rows))
         values = after.scale * lowrank.spectrum(lowrank.subtract(ended[name], began[name]))
         moved.append(float(np.linalg.norm(values)))
         nuclear.append(lowrank.nuclear_norm(values))
@@ -92,11 +95,12 @@ def geometry(
         measured["drift_of_A"] = float(np.degrees(np.mean(drift)))
     if not few:
         return measured
+    if angles:
+        measured["client_angle"] = float(np.degrees(np.mean(angles)))
     whole = float(np.linalg.norm(ideal))
     return measured | {
         "aggregation_bias": float(np.linalg.norm(missed)) / whole if whole else 0.0,
         "merge_error": float(np.linalg.norm(error)) / whole if whole else 0.0,
-        "client_angle": float(np.degrees(np.mean(angles))),
     }
 
 

@@ -18,14 +18,15 @@ from strategies.wire import Ask, SumOf
 def make(bound: float) -> SumOf:
     """The function of (state, updates without arrays, factors sent, ask) → the mean as the one update to merge.
 
-    `bound` is that of |change| in every coordinate; a client beyond it drops out. More than half of the clients that trained
-    must stay to the end, else RunError. Guarantee: the mean is that of the plain sum to K · bound / 2³² a coordinate.
+    `bound` is that of |change| in every coordinate; a client beyond it drops out. More than half of the clients that trained,
+    and two at least, must stay to the end, else RunError. Guarantee: the mean is that of the plain sum to K · bound / 2³² a
+    coordinate where all have as many examples as the largest.
     """
 
     def mean(state: ServerState, updates: list[Update], sends: str, ask: Ask) -> list[Update]:
         start = messages.named(state.adapters, state.dense, sends)
         clients = [update.client for update in updates]
-        terms = Terms(len(clients) // 2 + 1, bound, max(update.examples for update in updates))
+        terms = Terms(max(2, len(clients) // 2 + 1), bound, max(update.examples for update in updates))
         total = secure_sum(ask, clients, sum(array.size for array in start.values()), terms)
         moved = np.split(total.sum / total.examples, np.cumsum([array.size for array in start.values()])[:-1])
         arrays = {name: array + move.reshape(array.shape) for (name, array), move in zip(start.items(), moved, strict=True)}

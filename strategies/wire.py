@@ -115,7 +115,7 @@ class Wire(FlowerFedAvg):
         arrays = messages.named(state.adapters, state.dense, self.down.replace("R", ""), state.base_correction)
         arrays = compression.encode(arrays, self.encodes[0], 1.0)
         if "R" in self.down and "R" not in self.trains:  # small, and a rotation only as long as it is exact
-            arrays |= {messages.rotation(layer): R for layer, R in self._rotations(state).items()}
+            arrays |= self._rotations(state)
         return arrays
 
     def sent_up(self, state: ServerState, round: int, rank: int | None = None) -> dict[str, np.ndarray]:
@@ -128,17 +128,26 @@ class Wire(FlowerFedAvg):
         """Arrays of the names and shapes that further messages of a round bring, up and down; none as a rule."""
         return {}, {}
 
-    def _derivable(self, state: ServerState) -> ServerState:
+    def _derivable(self, before: ServerState, state: ServerState) -> ServerState:
         """The state in the very numbers that clients derive: A from its rotation, to the last bit."""
         if not self.derive or "R" not in self.down or "R" in self.trains:
             return state
-        turned = {messages.rotation(layer): R for layer, R in self._rotations(state).items()}
+        turned = self._rotations(before)
+        for layer, pair in state.adapters.items():
+            if not np.array_equal(pair.A, before.adapters[layer].A):
+                turned[messages.rotation(layer)] = lowrank.coordinates(pair.A, self.initial[layer].A)
         pairs = {layer: Pair(self.initial[layer].A, pair.B) for layer, pair in state.adapters.items()}
-        return replace(state, adapters=messages.fold(pairs, turned)[0])
+        return replace(state, adapters=messages.fold(pairs, turned)[0], extra=state.extra | turned)
 
     def _rotations(self, state: ServerState) -> dict[str, np.ndarray]:
-        """R of every layer, with A = R · the A that the run began with."""
-        return {layer: lowrank.coordinates(pair.A, self.initial[layer].A) for layer, pair in state.adapters.items()}
+        """R of every layer by its name on the wire, with A = R · the A that the run began with.
+
+        They are remembered, since those found again from A, which is rounded, would give another A in its last bits.
+        """
+        names = {layer: messages.rotation(layer) for layer in state.adapters}
+        return {
+            name: state.extra.get(name, np.eye(state.adapters[layer].rank, dtype=np.float32)) for layer, name in names.items()
+        }
 
     def _messages(
         self, arrays: ArrayRecord, config: ConfigRecord, server_round: int, nodes: list[int], kind: str

@@ -92,7 +92,7 @@ def test_plan_prints_sizes_and_trains_nothing(capsys, tmp_path) -> None:
     )
     printed = capsys.readouterr().out
     assert "4,096 parameters" in printed  # 8 layers × 64 × 8, B alone
-    assert "up 17.4 kB, down 34.8 kB" in printed  # 8 arrays of 2,048 + 128 bytes; twice as many down
+    assert "up 17.4 kB, down 20.5 kB" in printed  # 8 arrays of 2,048 + 128 bytes; down 8 of 256 + 128 besides, A's rotation
     assert "steps" in printed and "150" in printed  # 3 rounds × 5 clients × 10 steps
     assert not list(tmp_path.iterdir())
 

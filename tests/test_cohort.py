@@ -361,6 +361,7 @@ def sizes(monkeypatch) -> list[int]:
 @pytest.mark.parametrize("name", strategies.names())
 def test_every_strategy_ends_in_the_same_state(small, sizes, name, privacy) -> None:
     settings = {"strategy": {"name": name}, "adapter__train_head": True, "adapter__dropout": 0.1, "rounds": 3}
+    settings |= {"evaluate__holdout": 0.2} if strategies.strategy_class(name).personal else {}
     if privacy == "record":
         settings |= {"privacy__name": "record", "privacy__noise_multiplier": 1.0, "privacy__clip": 0.5}
     (one, metrics_one), (three, metrics_three) = (final(small(engine__cohort=n, **settings)) for n in ("1", "3"))
@@ -368,7 +369,7 @@ def test_every_strategy_ends_in_the_same_state(small, sizes, name, privacy) -> N
     assert one.keys() == three.keys()
     for key in one:
         assert np.linalg.norm(three[key] - one[key]) <= 1e-5 * np.linalg.norm(one[key]), key
-    assert metrics_three == pytest.approx(metrics_one, rel=1e-4, abs=1e-6)
+    assert metrics_three == pytest.approx(metrics_one, rel=1e-4, abs=1e-4)
 
 
 @pytest.mark.parametrize(("quickest", "cores", "expected"), [(64, 2, [2, 2]), (3, 1, [3]), (1, 1, []), (64, 8, [])])

@@ -614,8 +614,8 @@ def test_fedask_asks_twice_and_sends_no_more_than_it_must() -> None:
     case = a_round("fedask", {"oversampling": 2})
     seen: list[tuple[str, dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]] = []
 
-    def ask(action: str, sent: dict[int, dict[str, np.ndarray]]) -> dict[int, dict[str, np.ndarray]]:
-        answers = case.answer(action, sent)
+    def ask(action: str, sent: Contents, shapes: Shapes | None = None) -> Contents:
+        answers = case.answer(action, sent, shapes)
         assert sorted(sent) == [0, 1, 2, 3]
         seen.append((action, *({name: a.shape for name, a in arrays[3].items()} for arrays in (sent, answers))))
         return answers
@@ -645,9 +645,9 @@ def test_fedask_goes_on_without_clients_that_do_not_answer(lost: str) -> None:
     """Client 1 fails. Lost before its sketch came it never was; lost after it, its share of Q stays and it is not summed."""
     case = a_round("fedask", {"oversampling": 2})
 
-    def ask(action: str, sent: dict[int, dict[str, np.ndarray]]) -> dict[int, dict[str, np.ndarray]]:
+    def ask(action: str, sent: Contents, shapes: Shapes | None = None) -> Contents:
         assert (1 in sent) == (action == "sketch" or lost == "project")
-        return {client: a for client, a in case.answer(action, sent).items() if action != lost or client != 1}
+        return {client: a for client, a in case.answer(action, sent, shapes).items() if action != lost or client != 1}
 
     given = [Update(k, n, case.state.adapters, dict(case.state.dense)) for k, n in enumerate(EXAMPLES)]
     updates = case.strategy.gather(case.state, given, 1, ask)
@@ -665,8 +665,9 @@ def test_fedask_goes_on_without_clients_that_do_not_answer(lost: str) -> None:
 def test_fedask_without_any_answer_has_nothing_to_merge() -> None:
     case = a_round("fedask")
     given = [Update(k, n, case.state.adapters) for k, n in enumerate(EXAMPLES)]
-    assert case.strategy.gather(case.state, given, 1, lambda action, sent: {}) == []
-    assert case.strategy.gather(case.state, given, 1, lambda a, sent: case.answer(a, sent) if a == "sketch" else {}) == []
+    assert case.strategy.gather(case.state, given, 1, lambda action, sent, shapes: {}) == []
+    half = lambda action, sent, shapes: case.answer(action, sent, shapes) if action == "sketch" else {}  # noqa: E731
+    assert case.strategy.gather(case.state, given, 1, half) == []
 
 
 def test_fedask_keeps_a_direction_that_B_says_nothing_about() -> None:

@@ -152,8 +152,10 @@ def test_the_plan_of_a_sweep_has_a_row_a_cell_and_totals(tmp_path, capsys) -> No
     printed = capsys.readouterr().out
     rows = lines(printed, "fedsvd,seed=")
     assert len(rows) == 4 and sum("σ = 0 " in row for row in rows) == 2
-    assert all("139.3 kB  278.5 kB" in row for row in rows)  # 4 clients × 2 rounds × 8 arrays of 1 or 2 × 2,176 bytes
-    total = lines(printed, "4 cells to run: up 557.1 kB, down 1.1 MB, about ")
+    assert all(
+        "139.3 kB  163.8 kB" in row for row in rows
+    )  # 4 clients × 2 rounds × 8 arrays of 2,176 bytes, and of 384 more down
+    total = lines(printed, "4 cells to run: up 557.1 kB, down 655.4 kB, about ")
     assert len(total) == 1 and "4 of them side by side, 2 at a time" in total[0]
     assert not list(tmp_path.iterdir())
 

@@ -101,6 +101,7 @@ class LocalGrid(Grid):
     def remember(self, replies: list[Message], kept: list[RecordDict | None]) -> list[Message]:
         """The replies, the clients' states with them taken over."""
         for reply, state in zip(replies, kept, strict=True):
+            self.states.pop(reply.metadata.src_node_id, None)
             if state:
                 self.states[reply.metadata.src_node_id] = state
         return replies
