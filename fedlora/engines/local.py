@@ -103,6 +103,8 @@ class LocalGrid(Grid):
         for reply, state in zip(replies, kept, strict=True):
             if state:
                 self.states[reply.metadata.src_node_id] = state
+            else:
+                self.states.pop(reply.metadata.src_node_id, None)
         return replies
 
     def _keep(self, replies: Iterable[Message]) -> Iterator[Message]:

@@ -248,6 +248,8 @@ def start_ray(workers: int) -> None:
     if ray.is_initialized() and ray.cluster_resources().get("CPU", 0) < workers:
         shutdown()
     if not ray.is_initialized():
+        # Ray's agents outlive a process that is killed for as long as they hope for their server: 60 s by default.
+        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
         cores = max(workers, os.cpu_count() or 1)
         ray.init(num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         atexit.register(ray.shutdown)
