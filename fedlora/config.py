@@ -1,8 +1,8 @@
 """Every setting of an experiment as plain dataclasses, with the checks that need more than one of them.
 
 The same classes are Hydra's schema (types), the program's argument (`Config`) and, as one JSON string, what travels to a
-client. The `help` texts are what `python run.py --help` prints. Settings of `engine` change speed only; every other
-setting may change numbers, and the two never mix in one group.
+client. The `help` texts are what `python run.py --help` prints. Settings of `engine` and `checkpoint` change no number;
+those of every other group may, and the two never mix in one group.
 """
 
 from __future__ import annotations
@@ -151,6 +151,14 @@ class EvaluateConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    """What a run that is broken off goes on from. Changes no number."""
+
+    every: int = setting(1, "a checkpoint every so many rounds, which the same command goes on from; 0: none")
+    keep: int = setting(2, "checkpoints kept, so that one that is damaged has one before it")
+
+
+@dataclass
 class EngineConfig:
     """Where clients run. Changes speed only, never a number."""
 
@@ -193,6 +201,7 @@ class Config:
     compression: CompressionConfig = field(default_factory=CompressionConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
 
     def to_json(self) -> str:
@@ -250,6 +259,7 @@ GROUPS: dict[str, type] = {
     "compression": CompressionConfig,
     "privacy": PrivacyConfig,
     "evaluate": EvaluateConfig,
+    "checkpoint": CheckpointConfig,
     "engine": EngineConfig,
 }
 

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
 from fedlora import engines, messages, plan, ranks, report, terminal, workbench
 from fedlora.check import RunError
+from fedlora.checkpoint import Checkpoint, Checkpoints, Released, history
 from fedlora.config import Config
 from fedlora.evaluate import evaluate
 from fedlora.interrupt import CtrlC
 from fedlora.messages import ServerState
-from fedlora.records import ADAPTER, CURVES, MERGED, PRIVACY, Recorder
+from fedlora.records import ADAPTER, CHECKPOINTS, CURVES, MERGED, PRIVACY, ROUNDS, Recorder
 from fedlora.server import make_strategy
 from fedlora.workbench import Workbench
 from strategies import LoRAStrategy
@@ -29,7 +28,7 @@ def run(config: Config, started: float, app: str = engines.CLIENT_APP, engine_na
     """Run the experiment and return its summary, which is also in the results folder.
 
     `started` is the `time.perf_counter()` from which seconds count; `engine_name` runs it on another engine than the one of
-    its settings, which the folder keeps. A run that has finished before is not run again.
+    its settings, which the folder keeps. A run that has finished before is not run again, one that was broken off goes on.
     Raises ConfigError before any training, and RunError where the run cannot go on; Ctrl-C ends it with what there is.
     """
     recorder = Recorder(config)
@@ -37,6 +36,11 @@ def run(config: Config, started: float, app: str = engines.CLIENT_APP, engine_na
         terminal.say(f"{recorder.folder} is finished, with these settings; overwrite=true runs it again")
         return recorder.summary()
     recorder.claim()
+    checkpoints = Checkpoints(recorder.folder / CHECKPOINTS, config.checkpoint)
+    last = None if config.overwrite else checkpoints.newest(recorder.folder / ROUNDS, terminal.say)
+    if last:
+        recorder.refuse_others(last.settings)
+        terminal.say(f"{recorder.folder} was broken off; it goes on after round {last.round} of {config.rounds}")
     strategy = make_strategy(config)
     shown = terminal.Rounds(config)
     placed = replace(config, engine=replace(config.engine, name=engine_name or config.engine.name))
@@ -44,47 +48,107 @@ def run(config: Config, started: float, app: str = engines.CLIENT_APP, engine_na
     try:
         bench = workbench.build(config)
         state = initial_state(bench, strategy)
-        guard = plan.guard(bench, lambda ledger: recorder.save(PRIVACY, ledger.save))
+        guard = plan.guard(bench, lambda ledger: ledger.save(recorder.folder / PRIVACY))
+        terminal.announce(config, plan.derive(bench, strategy, state, guard))
+        recorder.begin(last.history[0] if last else 0)
+        course = Course(bench, strategy, guard, recorder, checkpoints, shown, state, started)
+        if last:
+            course.go_on(last)
+        with shown, course.ctrl_c, terminal.notes() as notes:
+            outcome = attempt(engine, course.drive)
+    finally:
+        engine.close()
+    return conclude(bench, course.state, recorder, outcome | {"resumed": checkpoints.resumed, "notes": list(notes.values())})
+
+
+class Course:
+    """The rounds of one run, from the first one or from where it was broken off, and what is written after each."""
+
+    def __init__(
+        self,
+        bench: Workbench,
+        strategy: LoRAStrategy,
+        guard: plan.Guard | plan.UserGuard | None,
+        recorder: Recorder,
+        checkpoints: Checkpoints,
+        shown: terminal.Rounds,
+        state: ServerState,
+        started: float,
+    ) -> None:
+        self.bench, self.strategy, self.guard, self.started = bench, strategy, guard, started
+        self.recorder, self.checkpoints, self.shown = recorder, checkpoints, shown
+        self.state = self.initial = state  # after the newest line of the records, and before the first round
+        self.last: Checkpoint | None = None
+        self.done = 0  # rounds before those of this process
+        self.clients: dict[int, RecordDict] | None = None  # what they keep, where the grid has it
+        self.released = Released(recorder.folder / CHECKPOINTS / "released.json") if guard else None
+        self.ctrl_c = CtrlC()
         if guard is not None:
             strategy.admit, strategy.release = guard.admit, guard.release
-        terminal.announce(config, plan.derive(bench, strategy, state, guard))
-        recorder.begin()
 
-        ctrl_c = CtrlC()
-        reached = deque([state], maxlen=1)  # the state that the newest line of the records tells of
+    def go_on(self, last: Checkpoint) -> None:
+        """Stand where the run stood at this checkpoint; its seconds go on from those of the newest line."""
+        self.last, self.done, self.state = last, last.round, last.state
+        rows = report.read_rounds(self.recorder.folder)
+        self.started -= rows[-1]["seconds"]
+        self.shown.went_on(rows)
+        if self.guard is not None:
+            self.guard.go_on(last.guard)
 
-        def after_round(round: int, arrays: ArrayRecord) -> MetricRecord | None:
-            """Flower calls this before the first round and after each."""
-            row = {"round": round} | (strategy.report.as_row(started) if strategy.report else {})
-            row |= guard.spent() if guard else {}
-            measured: dict[str, float] = {}
-            if not strategy.personal and (round % config.evaluate.every == 0 or round == config.rounds):
-                measured = measure(bench, arrays)
-            row |= measured | {"seconds": time.perf_counter() - started}
-            recorder.round(row)
-            reached.append(strategy.state or state)
-            shown.finished(row)
-            ctrl_c.check()
-            return MetricRecord(dict(measured)) if measured else None
-
+    def drive(self, grid: Grid) -> None:
+        """The rounds that are left, in Flower's own loop."""
+        self._meet(grid)
+        config, state = self.bench.config, self.state
+        arrays = messages.pack(state.adapters, state.dense, correction=state.base_correction)
+        if self.last:
+            self.strategy.go_on(self.done, state, self.initial.adapters)
         job = ConfigRecord({messages.EXPERIMENT: config.to_json()})
         noisy = ConfigRecord(dict(job))
-        if guard is not None and guard.noise_multipliers:
-            noisy[messages.NOISE] = guard.noise_multipliers
-        rounds = partial(
-            strategy.start,
-            initial_arrays=messages.pack(state.adapters, state.dense, correction=state.base_correction),
-            num_rounds=config.rounds,
+        if self.guard is not None and self.guard.noise_multipliers:
+            noisy[messages.NOISE] = self.guard.noise_multipliers
+        self.strategy.start(
+            grid=grid,
+            initial_arrays=arrays,
+            num_rounds=config.rounds - self.done,
             timeout=config.round_timeout,
             train_config=noisy,
             evaluate_config=job,
-            evaluate_fn=after_round,
+            evaluate_fn=self.after_round,
         )
-        with shown, ctrl_c, terminal.notes() as notes:
-            outcome = attempt(engine, rounds)
-    finally:
-        engine.close()
-    return conclude(bench, reached[-1], recorder, outcome, list(notes.values()))
+
+    def after_round(self, number: int, arrays: ArrayRecord) -> MetricRecord | None:
+        """Flower calls this before the first round and after each, and counts from where it begins."""
+        if self.last and number == 0:
+            return None
+        config, strategy, round = self.bench.config, self.strategy, self.done + number
+        state = strategy.state or self.state
+        if self.released:
+            self.released.note(round, state)
+        row = {"round": round} | (strategy.report.as_row(self.started) if strategy.report else {})
+        row |= self.guard.spent() if self.guard else {}
+        measured: dict[str, float] = {}
+        if not strategy.personal and (round % config.evaluate.every == 0 or round == config.rounds):
+            measured = measure(self.bench, arrays)
+        row |= measured | {"seconds": time.perf_counter() - self.started}
+        self.recorder.round(row)
+        self.state = state
+        if self.clients is not None and self.checkpoints.due(round, config.rounds):
+            memory, lines = self.guard.memory() if self.guard else {}, history(self.recorder.folder / ROUNDS)
+            self.checkpoints.save(Checkpoint(round, asdict(config), state, self.clients, memory, lines))
+        self.shown.finished(row)
+        self.ctrl_c.check()
+        return MetricRecord(dict(measured)) if measured else None
+
+    def _meet(self, grid: Grid) -> None:
+        """Give clients back what they kept; where only they have it, a run cannot be gone on with."""
+        self.clients = getattr(grid, "states", None if self.strategy.remembered else {})
+        what = f"strategy={self.strategy.name} with compression.up={self.bench.config.compression.up} leaves on its clients"
+        if self.clients is None and self.last:
+            raise RunError(f"this engine cannot give back what {what}; go on with engine=inline or engine=ray")
+        if self.clients is None and self.checkpoints.config.every:
+            terminal.say(f"no checkpoints are written: this engine does not give out what {what}")
+        if self.clients is not None and self.last:
+            self.clients.update(self.last.clients)
 
 
 def initial_state(bench: Workbench, strategy: LoRAStrategy) -> ServerState:
@@ -121,13 +185,11 @@ def attempt(engine: engines.Engine, rounds: Callable[[Grid], object]) -> dict[st
     return {"status": "finished"}
 
 
-def conclude(
-    bench: Workbench, state: ServerState, recorder: Recorder, outcome: dict[str, str], notes: list[str]
-) -> dict[str, Any]:
+def conclude(bench: Workbench, state: ServerState, recorder: Recorder, outcome: dict[str, Any]) -> dict[str, Any]:
     """Save the merged adapter and the plot, write the summary last, and return it; raises RunError for a failed run."""
     bench.model.write(state.adapters, bench.model.initial_head | state.dense, state.base_correction)  # no client's own head
     rows = report.read_rounds(recorder.folder)
-    summary = report.summarise(bench.config, rows) | outcome | {"notes": notes}
+    summary = report.summarise(bench.config, rows) | outcome
     try:
         recorder.save(ADAPTER, bench.model.save)
         if bench.config.save_merged:

@@ -13,6 +13,7 @@ Three names are ours, and no file's:
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 from collections.abc import Mapping
@@ -181,6 +182,14 @@ def state_of(record: ArrayRecord, scale: float) -> ServerState:
             raise ValueError(f"initial arrays lack lora_{'B' if 'A' in sent else 'A'} of {layer}")
     adapters = {layer: Pair(sent["A"], sent["B"]) for layer, sent in sorted(factors.items())}
     return ServerState(adapters, dense, correction, scale)
+
+
+def digest(arrays: Mapping[str, np.ndarray], text: str = "") -> str:
+    """SHA-256 of a text and of the arrays' names, types, shapes and numbers, in the order of their names."""
+    found = hashlib.sha256(text.encode())
+    for name, array in sorted(arrays.items()):
+        found.update(f"/{name}/{array.dtype.str}/{array.shape}/".encode() + array.tobytes())
+    return found.hexdigest()
 
 
 def array_bytes(content: RecordDict) -> int:

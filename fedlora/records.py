@@ -4,6 +4,7 @@
     env.json        versions, commit, hardware      curves.png      the plot of rounds.jsonl
     rounds.jsonl    a line a round, as it happens   adapter/        the merged adapter in PEFT's own format
     privacy.json    the ledger, written ahead of every round (privacy=record)
+    checkpoints/    what a run that is broken off goes on from; gone when it has finished
     merged/         the base model with it merged in, with save_merged=true
 
 A finished folder is never written over in silence: the same settings again show what is there, and other settings under
@@ -31,13 +32,15 @@ from typing import Any
 from safetensors import SafetensorError
 
 import strategies
+from fedlora import disk
 from fedlora.check import ConfigError, RunError
 from fedlora.config import Config, from_dict, settings
 
-ROUNDS, SUMMARY, CONFIG, ENV, CURVES, ADAPTER, MERGED, PRIVACY = (
-    "rounds.jsonl", "summary.json", "config.json", "env.json", "curves.png", "adapter", "merged", "privacy.json"
+ROUNDS, SUMMARY, CONFIG, ENV, CURVES, ADAPTER, MERGED, PRIVACY, CHECKPOINTS = (
+    "rounds.jsonl", "summary.json", "config.json", "env.json", "curves.png", "adapter", "merged", "privacy.json", "checkpoints"
 )  # fmt: skip
-_NOT_IDENTITY = ("engine.", "name", "results", "overwrite", "plan", "save_merged")  # settings that cannot change a number
+# Settings that cannot change a number.
+_NOT_IDENTITY = ("engine.", "checkpoint.", "name", "results", "overwrite", "plan", "save_merged")
 _VERSIONS = ("flwr", "torch", "transformers", "peft", "ray", "numpy", "scikit-learn", "hydra-core", "safetensors", "opacus")
 
 
@@ -89,16 +92,20 @@ class Recorder:
         """Checks the folder without changing it; raises ConfigError where it holds a run with other settings."""
         self.config = config
         self.folder = Path(config.results) / (config.name or run_name(config))
-        self.finished = self._read_summary().get("status") == "finished" and not config.overwrite
-        if not config.overwrite and (difference := self._difference()):
+        self.finished = self.summary().get("status") == "finished" and not config.overwrite
+        self.refuse_others(self._read(CONFIG))
+
+    def refuse_others(self, there: dict[str, Any]) -> None:
+        """Raises ConfigError, with the difference, if the settings of the run that is there are not those of this one."""
+        if there and not self.config.overwrite and (difference := self._difference(there)):
             raise ConfigError(
                 f"name={self.folder.name}: {self.folder} holds a run with other settings ({difference}); "
                 "choose another name, or overwrite=true"
             )
 
     def summary(self) -> dict[str, Any]:
-        """The summary of the run that stands in the folder."""
-        return self._read_summary()
+        """The summary of the run that stands in the folder; empty if none has ended there."""
+        return self._read(SUMMARY)
 
     def rounds(self) -> int:
         """Rounds that are on disk, so that a run in another process can be followed."""
@@ -119,10 +126,18 @@ class Recorder:
                 f"results={self.config.results}: cannot write {self.folder} ({error.strerror}); choose another folder"
             ) from error
 
-    def begin(self) -> None:
-        """Clear what an earlier run left, and write config.json and env.json."""
-        for name in (SUMMARY, ROUNDS, CURVES, ADAPTER, MERGED, PRIVACY):  # the mark of a finished run goes first
+    def begin(self, history: int = 0) -> None:
+        """Clear what an earlier run left after so many bytes of rounds.jsonl, and write config.json and env.json.
+
+        What its clients have spent stays counted, unless it is to be overwritten: the same rounds will be taken again.
+        """
+        anew = (CHECKPOINTS, PRIVACY) if self.config.overwrite else ()
+        for name in (SUMMARY, *anew, CURVES, ADAPTER, MERGED):  # the mark of a finished run goes first
             _remove(self.folder / name)
+        if history:
+            os.truncate(self.folder / ROUNDS, history)
+        else:
+            _remove(self.folder / ROUNDS)
         self.write(CONFIG, dataclasses.asdict(self.config))
         self.write(ENV, environment())
 
@@ -131,12 +146,16 @@ class Recorder:
         try:
             with open(self.folder / ROUNDS, "a", encoding="utf-8") as file:
                 file.write(json.dumps(_strict(row)) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
             raise self._full(ROUNDS, error) from error
 
     def close(self, summary: dict[str, Any]) -> None:
-        """Write summary.json, the mark of a run that has ended."""
+        """Write summary.json, the mark of a run that has ended; a run that has finished needs its checkpoints no more."""
         self.write(SUMMARY, _strict(summary))
+        if summary["status"] == "finished":
+            _remove(self.folder / CHECKPOINTS)
 
     def save(self, name: str, write: Callable[[Path], None]) -> None:
         """Let `write` make a file or a folder, and put it under its name only when it is whole."""
@@ -152,33 +171,24 @@ class Recorder:
 
     def write(self, name: str, content: dict[str, Any]) -> None:
         """Write a JSON file, whole and on disk when this returns."""
-
-        def write(path: Path) -> None:
-            with open(path, "w", encoding="utf-8") as file:
-                json.dump(content, file, indent=2, sort_keys=True)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-
-        self.save(name, write)
+        try:
+            disk.write(self.folder / name, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+        except OSError as error:
+            raise self._full(name, error) from error
 
     def _full(self, name: str, error: Exception) -> RunError:
         reason = getattr(error, "strerror", None) or str(error)
         return RunError(f"results={self.config.results}: cannot write {self.folder / name} ({reason}); the run stops here")
 
-    def _read_summary(self) -> dict[str, Any]:
+    def _read(self, name: str) -> dict[str, Any]:
         try:
-            content: dict[str, Any] = json.loads((self.folder / SUMMARY).read_text(encoding="utf-8"))
+            content: dict[str, Any] = json.loads((self.folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
         return content
 
-    def _difference(self) -> str:
+    def _difference(self, there: dict[str, Any]) -> str:
         """'rounds 30 → 20' for the settings in which the folder's run differs from this one; '' if there is none."""
-        try:
-            there = json.loads((self.folder / CONFIG).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return ""
         try:
             old = flat(from_dict(there))  # settings that it was run without stand at their defaults
         except (ConfigError, TypeError):

@@ -103,6 +103,12 @@ class Rounds(Bar):
             self.bar = _bar("round {task.fields[round]}", "{task.fields[text]}")
             self.task = self.bar.add_task("", total=config.rounds * self.cohort, round="0", text="starting")
 
+    def went_on(self, rows: list[dict[str, Any]]) -> None:
+        """The run goes on after these lines of rounds.jsonl, which were shown before."""
+        self.sent = sum(row[way] for row in rows[1:] for way in ("bytes_up", "bytes_down"))
+        if self.bar:
+            self.bar.update(self.task, completed=rows[-1]["round"] * self.cohort, round=str(rows[-1]["round"]))
+
     def replied(self, running: RoundReport | None, count: int) -> None:
         """`count` clients have replied to what was sent last; the roll call comes before any round runs."""
         if self.bar and running:

@@ -29,6 +29,8 @@ def validate(config: Config) -> None:
     check.positive(**{"evaluate.every": config.evaluate.every})
     check.positive(**{"evaluate.batch_size": config.evaluate.batch_size})
     check.below_one(**{"evaluate.holdout": config.evaluate.holdout})
+    check.not_negative(**{"checkpoint.every": config.checkpoint.every})
+    check.positive(**{"checkpoint.keep": config.checkpoint.keep})
     check.one_of(engine_names(), **{"engine.name": config.engine.name})
     check.not_negative(**{"engine.retries": config.engine.retries})
     check.not_negative(**{"engine.prefix_cache": config.engine.prefix_cache})

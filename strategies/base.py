@@ -19,6 +19,7 @@ from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 
 from fedlora import check, messages
 from fedlora.check import ConfigError, RunError
+from fedlora.lowrank import Adapters
 from fedlora.messages import ServerState, Update
 from fedlora.participation import draw_cohort
 from strategies.metrics import client_metrics, geometry, signal_to_noise
@@ -83,6 +84,16 @@ class LoRAStrategy(Wire):
         self._roll = RollCall(patience)
         self._sent, self._job = [], ConfigRecord()
         self._grid = None
+        self._done = 0  # rounds before the first of `start`
+        self._left_off: tuple[int, ServerState, Adapters] | None = None  # what `go_on` was given
+
+    def go_on(self, done: int, state: ServerState, initial: Adapters) -> None:
+        """Make the next `start`, which is to be given the arrays of `state`, the rest of a run after `done` of its rounds.
+
+        `state` is what round `done` left, `initial` the factors that the run began with. Flower counts the rounds from 1 again,
+        for `evaluate_fn` too; whatever depends on the round is told round `done` + 1, `done` + 2, …
+        """
+        self._left_off = done, state, initial
 
     def gather(self, state: ServerState, updates: list[Update], round: int, ask: Ask) -> list[Update]:
         """What is merged, from what clients sent; one that `withholds` asks for more of it here."""
@@ -102,7 +113,9 @@ class LoRAStrategy(Wire):
         """Messages for this round's cohort, drawn from (seed, round) alone and the same on every grid."""
         sent = messages.state_of(arrays, self.scale)
         if self.state is None or server_round == 1:  # Flower's start() counts from 1: a new run begins with a new memory
-            self.state, self.initial = sent, sent.adapters
+            self._done, self.state, self.initial = self._left_off or (0, sent, sent.adapters)
+            self._left_off = None
+        server_round += self._done
         dense = {} if self.personal else sent.dense
         self.state = replace(self.state, adapters=sent.adapters, dense=dense, base_correction=sent.base_correction)
         self._grid = grid
@@ -120,6 +133,7 @@ class LoRAStrategy(Wire):
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check the replies, average the dense arrays, merge, and measure. Raises RunError if too few are usable."""
         assert self.state is not None and self.report is not None, "configure_train comes first"
+        server_round += self._done
         report, before, sends = self.report, self.state, self.sends(server_round)
         updates, merged = self._receive(replies, server_round)
         if updates:
@@ -154,6 +168,7 @@ class LoRAStrategy(Wire):
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """Messages that ask every client to test the merged model on what it holds back, if fraction_evaluate is set."""
+        server_round += self._done
         if self.fraction_evaluate == 0.0 or server_round % self.evaluate_every:
             return []
         nodes = self._nodes(grid)
@@ -192,6 +207,11 @@ class LoRAStrategy(Wire):
             for client in {update.client for update in updates} - {update.client for update in merged}:
                 self.report.drops[client] = "left out by server.mean: its update is much longer than the others'"
         return merged
+
+    @property
+    def remembered(self) -> bool:
+        """Whether clients keep something from one round to the next."""
+        return bool(self.personal) or self.encodes[1] != "none"
 
     @property
     def silent(self) -> bool:  # type: ignore[override]

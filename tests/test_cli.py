@@ -177,16 +177,18 @@ def test_what_only_the_data_or_the_model_shows_is_refused_in_one_sentence(tmp_pa
     assert all(word in done.stderr for word in words), done.stderr
 
 
-def test_a_full_disk_ends_the_run_with_one_sentence_and_no_torn_file(tmp_path) -> None:
+@pytest.mark.parametrize(("every", "file"), [(0, "rounds.jsonl"), (1, "round-00000.safetensors")])
+def test_a_full_disk_ends_the_run_with_one_sentence_and_no_torn_file(tmp_path, every, file) -> None:
     def limit() -> None:  # a limit on the size of a file is met like a full disk: by an OSError from write
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
 
-    done = run_py(*FAST, "rounds=30", f"results={tmp_path}", "name=full", preexec_fn=limit)
+    arguments = [*FAST, "rounds=30", f"checkpoint.every={every}", f"results={tmp_path}", "name=full"]
+    done = run_py(*arguments, preexec_fn=limit)
     assert done.returncode == 1
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-    assert "cannot write" in done.stderr and "rounds.jsonl" in done.stderr
+    assert "cannot write" in done.stderr and file in done.stderr
     folder = tmp_path / "full"
-    assert not list(folder.glob(".*")) and not (folder / "adapter").exists()
+    assert not list(folder.rglob(".*")) and not (folder / "adapter").exists()
     assert json.loads((folder / "config.json").read_text())["rounds"] == 30
 
 

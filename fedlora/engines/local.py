@@ -104,6 +104,8 @@ class LocalGrid(Grid):
             self.states.pop(reply.metadata.src_node_id, None)
             if state:
                 self.states[reply.metadata.src_node_id] = state
+            else:
+                self.states.pop(reply.metadata.src_node_id, None)
         return replies
 
     def _keep(self, replies: Iterable[Message]) -> Iterator[Message]:

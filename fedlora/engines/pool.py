@@ -214,5 +214,7 @@ def start_ray(engine: EngineConfig, app: str = CLIENT_APP) -> None:
         cluster.join(engine.address, app)
     else:
         cores = max(workers, os.cpu_count() or 1)
+        # Ray's agents outlive a process that is killed for as long as they hope for their server: 60 s by default.
+        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
         ray.init("local", num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     atexit.register(ray.shutdown)

@@ -10,15 +10,19 @@ update that the release amounts to. A strategy that needs each client's factors 
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fedlora import seeds
+from fedlora.check import ConfigError
 from fedlora.config import PrivacyConfig
 from fedlora.messages import Named, ServerState, Update, trained_arrays, update_of
+from fedlora.privacy import ledger
 from fedlora.privacy.user_level import user_epsilon, user_noise_multiplier
 
 
@@ -38,8 +42,21 @@ class UserLedger:
         return user_epsilon(*arguments)
 
     def save(self, path: Path) -> None:
-        """Write the ledger to a file."""
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        """Replace the file in one move; it never counts less than before, since a run that is continued takes rounds again."""
+        counted = max(self.rounds, self.load(path).rounds if path.exists() else 0)
+        ledger.write(path, json.dumps(asdict(self) | {"rounds": counted}, indent=1))
+
+    @classmethod
+    def load(cls, path: Path) -> UserLedger:
+        """The ledger in the file; raises ConfigError if it cannot be read or holds anything else."""
+        try:
+            loaded = cls(**json.loads(ledger.read(path)))
+            loaded.rounds = operator.index(loaded.rounds)
+        except (ValueError, TypeError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ledger.unknown(f"the privacy ledger {path} is damaged ({error!r})") from error
+        return loaded
 
 
 class UserGuard:
@@ -98,17 +115,25 @@ class UserGuard:
         }
         return [update_of(state, moved, examples=1)]
 
+    def memory(self) -> dict[str, Any]:
+        """What `go_on` takes, as JSON has it."""
+        return {"rounds": self.ledger.rounds}
+
+    def go_on(self, memory: dict[str, Any]) -> None:
+        """Be as the guard was whose memory this is."""
+        self.ledger.rounds = memory["rounds"]
+
     def spent(self) -> dict[str, float]:
         """ε so far, the same for every client, and the newest round's diagnostics."""
         return {"epsilon_max": self.ledger.epsilon(self.config.delta)} | self.measured
 
     def derivation(self) -> tuple[str, str, str]:
         """How z came about, as (name, value, reason)."""
-        ledger, config = self.ledger, self.config
-        how = f"{config.sampling} sampling of {ledger.cohort} of {ledger.clients} clients, {self.rounds} rounds"
+        counted, config = self.ledger, self.config
+        how = f"{config.sampling} sampling of {counted.cohort} of {counted.clients} clients, {self.rounds} rounds"
         if config.noise_multiplier is not None:
-            return "z", f"{ledger.noise_multiplier:.3g}", f"privacy.noise_multiplier, {how}"
-        return "z", f"{ledger.noise_multiplier:.3g}", f"ε = {config.epsilon:g}, δ = {config.delta:g}, user level, {how}"
+            return "z", f"{counted.noise_multiplier:.3g}", f"privacy.noise_multiplier, {how}"
+        return "z", f"{counted.noise_multiplier:.3g}", f"ε = {config.epsilon:g}, δ = {config.delta:g}, user level, {how}"
 
 
 def _norm(arrays: Named) -> float:

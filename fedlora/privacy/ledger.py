@@ -6,7 +6,6 @@ seen, and never miss one that somebody has.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import operator
@@ -14,7 +13,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from fedlora import check
+from fedlora import check, disk
 from fedlora.check import ConfigError, RunError
 from fedlora.privacy import accounting
 from fedlora.privacy.accounting import History
@@ -107,38 +106,49 @@ class Ledger:
                 for row in rows:
                     ledger.spend(int(client), row["noise_multiplier"], row["sampling_rate"], row["steps"])
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise _unknown(f"the privacy ledger is damaged ({error!r})") from error
+            raise unknown(f"the privacy ledger is damaged ({error!r})") from error
         return ledger
 
+    def at_least(self, other: Ledger) -> Ledger:
+        """The larger count of the two, for each client and (σ, q): both count the same run, one of them further."""
+        larger = Ledger(self._spent)
+        for client, history in other._spent.items():
+            for (sigma, rate), steps in history.items():
+                larger.spend(client, sigma, rate, max(0, steps - self._spent.get(client, {}).get((sigma, rate), 0)))
+        return larger
+
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Replace the file in one move; when this returns, the new one is on disk."""
+        """Replace the file in one move; when this returns, the new one is on disk.
+
+        It never counts less than before: a run that is continued takes rounds again that are in the file already.
+        """
         path = Path(path)
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(self.to_json() + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError as error:
-            reason = f"cannot write the privacy ledger {path} ({error.strerror})"
-            raise RunError(f"{reason}; the run stops before it spends more than is written down") from error
-        with contextlib.suppress(OSError):  # not every file system lets a folder be flushed
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        counted = self.at_least(Ledger.load(path)) if path.exists() else self
+        write(path, counted.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Ledger:
         """The ledger in the file; raises ConfigError if it cannot be read, for an absent ledger is not an empty one."""
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise _unknown(f"cannot read the privacy ledger {path} ({getattr(error, 'strerror', error)})") from error
-        return cls.from_json(text)
+        return cls.from_json(read(Path(path)))
 
 
-def _unknown(what: str) -> ConfigError:
+def write(path: Path, text: str) -> None:
+    """Put a ledger on disk in one move; raises RunError where that cannot be done."""
+    try:
+        disk.write(path, (text + "\n").encode())
+    except OSError as error:
+        reason = f"cannot write the privacy ledger {path} ({error.strerror})"
+        raise RunError(f"{reason}; the run stops before it spends more than is written down") from error
+
+
+def read(path: Path) -> str:
+    """The text of a ledger; raises ConfigError if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise unknown(f"cannot read the privacy ledger {path} ({getattr(error, 'strerror', error)})") from error
+
+
+def unknown(what: str) -> ConfigError:
+    """The error for a ledger that does not say what was spent."""
     return ConfigError(f"{what}, so what was spent is unknown; restore the file or start a new run")

@@ -72,6 +72,15 @@ class Guard:
             )
         return allowed
 
+    def memory(self) -> dict[str, Any]:
+        """What `go_on` takes, as JSON has it."""
+        return {"ledger": self.ledger.to_json(), "stopped": sorted(self.stopped)}
+
+    def go_on(self, memory: dict[str, Any]) -> None:
+        """Be as the guard was whose memory this is."""
+        self.ledger, self.stopped = Ledger.from_json(memory["ledger"]), set(memory["stopped"])
+        self._outdated = set(self.ledger)
+
     def spent(self) -> dict[str, Any]:
         """ε spent so far over all clients, those that never took part at 0: largest, quartiles; and who stopped."""
         for client in self._outdated:

@@ -1,0 +1,171 @@
+"""What a run that was broken off goes on from: all of a round's end that neither the settings nor the seed give.
+
+    checkpoints/round-00012.safetensors     arrays: the server's state, and what each client keeps
+                                            metadata: the rest as one line of JSON, and a digest of everything
+    checkpoints/released.json               a private run: which state each round left, by digest
+
+Random streams need no place in it, for they follow from the seed, the purpose, the client and the round. Neither do the
+lines of rounds.jsonl: a checkpoint knows how long the file was, and by a digest what was in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
+from safetensors import SafetensorError, numpy, safe_open
+
+from fedlora import disk, messages
+from fedlora.check import ConfigError, RunError
+from fedlora.config import CheckpointConfig
+from fedlora.lowrank import Pair
+from fedlora.messages import ServerState
+
+VERSION = 1  # of the files
+SERVER, EXTRA, CLIENT = "server/", "extra/", "client/"  # what names of arrays begin with
+
+
+@dataclass
+class Checkpoint:
+    """A run at the end of a round."""
+
+    round: int
+    settings: dict[str, Any]
+    state: ServerState
+    clients: dict[int, RecordDict]  # what each keeps (`Context.state`), by node
+    guard: dict[str, Any]  # the memory of what keeps the budget; empty without privacy
+    history: tuple[int, str]  # bytes of rounds.jsonl and their digest
+    resumed: list[int] = field(default_factory=list)  # rounds after which the run was continued before
+
+    def to_bytes(self) -> bytes:
+        """The file."""
+        state = self.state
+        parts = {SERVER: messages.named(state.adapters, state.dense, "AB", state.base_correction), EXTRA: state.extra}
+        arrays = {prefix + name: np.asarray(array, order="C") for prefix, part in parts.items() for name, array in part.items()}
+        for node, kept in self.clients.items():
+            arrays[f"{CLIENT}{node}"] = np.frombuffer(recorddict_to_proto(kept).SerializeToString(), np.uint8)
+        rest = {key: value for key, value in vars(self).items() if key not in ("state", "clients")}
+        text = json.dumps({"version": VERSION, "scale": state.scale} | rest)
+        return numpy.save(arrays, {"checkpoint": text, "digest": messages.digest(arrays, text)})
+
+    @classmethod
+    def load(cls, path: Path) -> Checkpoint:
+        """The inverse of `to_bytes`. Raises ValueError, with the reason, for a file that is not whole or of another version."""
+        try:
+            with safe_open(path, framework="np") as file:
+                metadata, arrays = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            text = metadata["checkpoint"]
+            if messages.digest(arrays, text) != metadata["digest"]:
+                raise ValueError("its digest is another one")
+            rest = json.loads(text)
+            if rest.pop("version") != VERSION:
+                raise ValueError("it was written by another version of fedlora")
+            server = messages.sort(_under(SERVER, arrays))
+            adapters = {layer: Pair(**both) for layer, both in server.factors.items()}
+            state = ServerState(adapters, server.dense, server.correction, rest.pop("scale"), _under(EXTRA, arrays))
+            clients = {int(node): _kept(array) for node, array in _under(CLIENT, arrays).items()}
+            return cls(**rest | {"state": state, "clients": clients, "history": tuple(rest["history"])})
+        except (OSError, SafetensorError, KeyError, TypeError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+class Checkpoints:
+    """The checkpoints of one run, in their folder."""
+
+    def __init__(self, folder: Path, config: CheckpointConfig) -> None:
+        self.folder, self.config = folder, config
+        self.resumed: list[int] = []  # rounds after which this run was continued, each once
+
+    def due(self, round: int, rounds: int) -> bool:
+        """Whether there is to be one after this round: before the first, every so many, and after the last."""
+        return self.config.every > 0 and (round % self.config.every == 0 or round == rounds)
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Put it on disk, and let go of the oldest. Raises RunError where it cannot be written."""
+        path = self.folder / f"round-{checkpoint.round:05d}.safetensors"
+        try:
+            self.folder.mkdir(exist_ok=True)
+            disk.write(path, replace(checkpoint, resumed=self.resumed).to_bytes())
+            for old in self._files()[: -self.config.keep]:
+                old.unlink()
+        except OSError as error:
+            raise RunError(f"cannot write the checkpoint {path} ({error.strerror}); the run stops here") from error
+
+    def newest(self, rounds: Path, say: Callable[[str], None]) -> Checkpoint | None:
+        """The newest that is whole and whose lines stand in the file `rounds`; what is wrong with a newer one is said.
+
+        Newer ones are removed, so that they are not taken for those of the rounds to come.
+        """
+        for path in reversed(self._files()):
+            try:
+                found = Checkpoint.load(path)
+                if found.history != history(rounds, found.history[0]):
+                    raise ValueError(f"{rounds.name} does not begin with the lines that it knows")
+            except ValueError as reason:
+                say(f"{path} is damaged and is not used ({reason})")
+                path.unlink()
+            else:
+                self.resumed = sorted({*found.resumed, found.round})
+                return found
+        return None
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("round-*.safetensors"))
+
+
+class Released:
+    """Which state each round of a private run left, by digest; nothing is ever taken out of it.
+
+    A round that is taken again draws the same noise. That costs nothing as long as it comes out the same; the same noise on
+    something else would lay open the difference of the two.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Reads what is there. Raises ConfigError where that is damaged."""
+        self.path = path
+        try:
+            self.digests: dict[str, str] = dict(json.loads(path.read_bytes())) if path.exists() else {}
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigError(
+                f"cannot read {path} ({error}), so what its noise was used with is unknown; restore the file, or begin anew "
+                "with another seed and overwrite=true"
+            ) from error
+
+    def note(self, round: int, state: ServerState) -> None:
+        """To be called before anybody sees what a round left. Raises RunError if the round came out otherwise before."""
+        digest = messages.digest(messages.named(state.adapters, state.dense, "AB", state.base_correction))
+        if self.digests.setdefault(str(round), digest) != digest:
+            raise RunError(
+                f"round {round} came out otherwise than before the run was broken off (a client that dropped out, another "
+                "machine?), and to go on would use its noise twice; begin anew with another seed and overwrite=true"
+            )
+        try:
+            self.path.parent.mkdir(exist_ok=True)
+            disk.write(self.path, json.dumps(self.digests).encode())
+        except OSError as error:
+            raise RunError(f"cannot write {self.path} ({error.strerror}); the run stops here") from error
+
+
+def history(rounds: Path, length: int | None = None) -> tuple[int, str]:
+    """The first `length` bytes of the file, or all of it: how many there are, and their digest."""
+    try:
+        content = rounds.read_bytes()[:length]
+    except OSError:
+        content = b""
+    return len(content), hashlib.sha256(content).hexdigest()
+
+
+def _under(prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name.removeprefix(prefix): array for name, array in sorted(arrays.items()) if name.startswith(prefix)}
+
+
+def _kept(array: np.ndarray) -> RecordDict:
+    return recorddict_from_proto(ProtoRecordDict.FromString(array.tobytes()))
