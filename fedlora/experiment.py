@@ -25,11 +25,17 @@ from fedlora.workbench import Workbench
 from strategies import LoRAStrategy
 
 
-def run(config: Config, started: float, app: str = engines.CLIENT_APP, engine_name: str | None = None) -> dict[str, Any]:
+def run(
+    config: Config,
+    started: float,
+    app: str = engines.CLIENT_APP,
+    engine_name: str | None = None,
+    engine: engines.Engine | None = None,
+) -> dict[str, Any]:
     """Run the experiment and return its summary, which is also in the results folder.
 
     `started` is the `time.perf_counter()` from which seconds count; `engine_name` runs it on another engine than the one of
-    its settings, which the folder keeps. A run that has finished before is not run again.
+    its settings, which the folder keeps; `engine` is one that exists already. A run that has finished before is not run again.
     Raises ConfigError before any training, and RunError where the run cannot go on; Ctrl-C ends it with what there is.
     """
     recorder = Recorder(config)
@@ -40,7 +46,7 @@ def run(config: Config, started: float, app: str = engines.CLIENT_APP, engine_na
     strategy = make_strategy(config)
     shown = terminal.Rounds(config)
     placed = replace(config, engine=replace(config.engine, name=engine_name or config.engine.name))
-    engine = engines.make(placed, app, lambda count: shown.replied(strategy.report, count))
+    engine = engine or engines.make(placed, app, lambda count: shown.replied(strategy.report, count))
     try:
         bench = workbench.build(config)
         state = initial_state(bench, strategy)
@@ -58,7 +64,8 @@ def run(config: Config, started: float, app: str = engines.CLIENT_APP, engine_na
             row = {"round": round} | (strategy.report.as_row(started) if strategy.report else {})
             row |= guard.spent() if guard else {}
             measured: dict[str, float] = {}
-            if not strategy.personal and (round % config.evaluate.every == 0 or round == config.rounds):
+            due = round % config.evaluate.every == 0 or round == config.rounds
+            if due and not strategy.personal and len(bench.dataset.test):
                 measured = measure(bench, arrays)
             row |= measured | {"seconds": time.perf_counter() - started}
             recorder.round(row)
@@ -90,10 +97,11 @@ def run(config: Config, started: float, app: str = engines.CLIENT_APP, engine_na
 def initial_state(bench: Workbench, strategy: LoRAStrategy) -> ServerState:
     """What the server begins with: B = 0, A by the strategy's `init`, the head as it was loaded; R = 0 where it is trained.
 
-    The strategy gets to know the clients' ranks, which may depend on the model.
+    The strategy gets to know it, for what it can foretell of messages, and the clients' ranks, which may depend on the model.
     """
     mixes = "R" in strategy.trains
     adapters = bench.model.initial(strategy.init, bench.config.seed, mixes=mixes)
+    strategy.initial = adapters
     strategy.ranks = ranks.of_clients(bench.config, adapters, strategy.trains)
     dense = {} if strategy.personal else dict(bench.model.initial_head)
     if mixes:
