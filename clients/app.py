@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from fedlora.workbench import Workbench
 
 
+SECRET, SERIAL = "secret", "serial"  # of a device's own node configuration: see `Task.secret`
+
+
 class CohortApp(ClientApp):
     """A Flower ClientApp that an engine may also hand the training messages of several clients at once."""
 
@@ -72,8 +75,10 @@ app = CohortApp()
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """The roll call: which client this node is."""
+    """The roll call: which client this node is; a device also says how many examples it has."""
     metrics = MetricRecord({messages.CLIENT: _client(context)})
+    if messages.EXAMPLES in context.node_config:
+        metrics[messages.EXAMPLES] = int(context.node_config[messages.EXAMPLES])
     return Message(RecordDict({messages.METRICS: metrics}), reply_to=message)
 
 
@@ -146,7 +151,10 @@ def _task(message: Message, context: Context) -> Task:
         mechanism = Mechanism(job[messages.NOISE][client], config.privacy.clip)  # type: ignore[index, arg-type]
     indices, _ = bench.examples_of(client)
     progress, streams = (round, config.rounds), (config.seed, client, round)
-    return Task(indices, config.train, str(job[messages.TRAINS]), progress, streams, mechanism)
+    secret = None
+    if mechanism is not None and SECRET in context.node_config:  # a real device: its server knows the run's seed
+        secret = int(str(context.node_config[SECRET]), 16), int(context.node_config[SERIAL])
+    return Task(indices, config.train, str(job[messages.TRAINS]), progress, streams, mechanism, secret)
 
 
 def _starts(batch: Sequence[tuple[Message, Context]], bench: Workbench) -> list[Start]:

@@ -28,6 +28,9 @@ class Task:
     progress: tuple[int, int]  # (round from 1, rounds), for the learning rate's schedule
     streams: tuple[int, int, int]  # (run seed, client, round)
     mechanism: Mechanism | None = None  # what makes every step private
+    # A device's own seed, hidden from the server, and the number of the round in its own count, which never comes twice:
+    # they take the places of the run's seed and round in the streams that privacy rests on.
+    secret: tuple[int, int] | None = None
 
     @property
     def steps(self) -> int:
@@ -51,16 +54,20 @@ class Task:
 
     def batches(self) -> Iterator[np.ndarray]:
         """The indices of every step's examples, from the stream (seed, batches, client, round)."""
-        seed, client, round = self.streams
-        rng = seeds.stream(seed, "batches", client, round)
+        rng = seeds.stream(*self._stream("batches"))
         if self.by_chance:
             return poisson(self.indices, self.rate, self.steps, rng)
         return batches(self.indices, self.settings.batch_size, self.steps, rng)
 
     def seed(self, purpose: str) -> int:
         """The seed of this client's and round's stream of torch for `purpose` (noise, dropout)."""
+        return seeds.torch_seed(*self._stream(purpose))
+
+    def _stream(self, purpose: str) -> tuple[int, str, int, int]:
         seed, client, round = self.streams
-        return seeds.torch_seed(seed, purpose, client, round)
+        if self.secret is not None and purpose in ("batches", "noise"):
+            seed, round = self.secret
+        return seed, purpose, client, round
 
     def lr(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""

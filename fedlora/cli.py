@@ -47,6 +47,8 @@ def main(configs: Path, argv: Sequence[str] | None = None) -> int:
             return _list(cells[0])
         if len(cells) > 1:
             cells = sweep.place(cells, arguments.overrides)
+        if cells[0].deploy:
+            return _deploy(cells, configs.parent)
         return _plan(cells) if cells[0].plan else _run(cells)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -105,10 +107,20 @@ def compose(configs: Path, overrides: list[str]) -> Config:
         values: Any = OmegaConf.to_container(composed, enum_to_str=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_one_sentence(error)) from error
+    if values["deploy"]:
+        values["partition"] = _own_data(overrides)
     config = from_dict(values)
     config.checked()
     server.make_strategy(config)
     return config
+
+
+def _own_data(overrides: list[str]) -> dict[str, Any]:
+    """The partition of a deployment, which is none of the server's business; nor are the devices' files."""
+    for text in overrides:
+        if text.startswith(("partition", "dataset.path", "dataset.group")):
+            raise ConfigError(f"{text} does not go with deploy, where each device has its own data; remove it")
+    return {"name": "own"}
 
 
 def _check_name(configs: Path, override: Override) -> None:
@@ -148,6 +160,26 @@ def _run(cells: list[Config]) -> int:
     if len(cells) > 1:
         _tabulate(done)
     return 1 if "failed" in statuses else 0
+
+
+def _deploy(cells: list[Config], project: Path) -> int:
+    """Run the cells on real devices, one after another; the first that fails ends it, since its devices may be gone."""
+    from fedlora import terminal
+    from fedlora.deploy import launch
+
+    if any(cell.plan for cell in cells):
+        raise ConfigError(f"plan=true does not go with deploy={cells[0].deploy}: what devices have is known to them alone")
+    _quiet()
+    done = []
+    for cell in cells:
+        summary = launch.run(cell, project)
+        if summary["status"] == "interrupted":
+            return 130
+        terminal.conclude(cell, summary)
+        done.append((cell, summary))
+    if len(cells) > 1:
+        _tabulate(done)
+    return 0
 
 
 def _tabulate(done: list[tuple[Config, dict[str, Any]]]) -> None:

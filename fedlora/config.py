@@ -44,8 +44,9 @@ class DatasetConfig:
     subset: str | None = setting(None, "hub: the configuration of the dataset, where it has several")
     train_split: str = setting("train", "hub: split to train on")
     test: str | None = setting(None, "files: the test file; hub: the test split; none: test_fraction of the training data")
-    test_fraction: float = setting(0.2, "share of the examples kept for the central test where there is no test set")
+    test_fraction: float = setting(0.2, "share of the examples kept for the central test if there is no test set; 0: none")
     columns: list[str] = setting([], "files: column names, for a CSV or TSV without a header line")
+    classes: list[str] = setting([], "files: names of the labels; empty: those that occur in the training data")
     text: str | None = setting(None, "column of the text")
     image: str | None = setting(None, "column of the image: a path (files) or an image feature (hub)")
     label: str = setting("label", "column of the label")
@@ -57,10 +58,11 @@ class DatasetConfig:
 class PartitionConfig:
     """How the training examples are dealt out to clients; every example goes to exactly one."""
 
-    name: str = setting("dirichlet", "iid, dirichlet, shards, quantity, natural or domains")
+    name: str = setting("dirichlet", "iid, dirichlet, shards, quantity, natural, domains or own (deploy: what a device has)")
     alpha: float = setting(0.5, "dirichlet, quantity: concentration; small is skewed, large is even")
     shards_per_client: int = setting(2, "shards: label-sorted shards that each client gets")
     min_examples: int = setting(2, "floor on the examples of a client")
+    sizes: list[int] = setting([], "own: the number of each client's examples, as the devices tell it")
 
 
 @dataclass
@@ -184,6 +186,9 @@ class Config:
     fraction: float | None = setting(0.2, "share of the clients drawn each round; not used with clients_per_round")
     min_success: float = setting(0.5, "share of a round's clients that must return a usable update, else the run fails")
     round_timeout: float = setting(3600.0, "seconds to wait for a round's clients")
+    deploy: str | None = setting(None, "name of the connection to a SuperLink, whose devices are the clients; none: simulate")
+    min_online: int | None = setting(None, "deploy: devices that a round waits for; none: all clients")
+    patience: float = setting(600.0, "deploy: seconds that a round waits for them")
     device: str = setting("auto", "auto, cpu or cuda: what clients and the evaluation compute on")
     threads: int = setting(1, "torch threads a process; part of the numbers, since it orders sums")
     aggregation: str = setting("plain", "plain, or secure: the server learns sums of updates only (linear strategies)")

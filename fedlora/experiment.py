@@ -24,11 +24,18 @@ from fedlora.workbench import Workbench
 from strategies import LoRAStrategy
 
 
-def run(config: Config, started: float, app: str = engines.CLIENT_APP, engine_name: str | None = None) -> dict[str, Any]:
+def run(
+    config: Config,
+    started: float,
+    app: str = engines.CLIENT_APP,
+    engine_name: str | None = None,
+    engine: engines.Engine | None = None,
+) -> dict[str, Any]:
     """Run the experiment and return its summary, which is also in the results folder.
 
     `started` is the `time.perf_counter()` from which seconds count; `engine_name` runs it on another engine than the one of
-    its settings, which the folder keeps. A run that has finished before is not run again, one that was broken off goes on.
+    its settings, which the folder keeps; `engine` is one that exists already. A run that has finished before is not run
+    again, one that was broken off goes on.
     Raises ConfigError before any training, and RunError where the run cannot go on; Ctrl-C ends it with what there is.
     """
     recorder = Recorder(config)
@@ -44,7 +51,7 @@ def run(config: Config, started: float, app: str = engines.CLIENT_APP, engine_na
     strategy = make_strategy(config)
     shown = terminal.Rounds(config)
     placed = replace(config, engine=replace(config.engine, name=engine_name or config.engine.name))
-    engine = engines.make(placed, app, lambda count: shown.replied(strategy.report, count))
+    engine = engine or engines.make(placed, app, lambda count: shown.replied(strategy.report, count))
     try:
         bench = workbench.build(config)
         state = initial_state(bench, strategy)
@@ -127,7 +134,8 @@ class Course:
         row = {"round": round} | (strategy.report.as_row(self.started) if strategy.report else {})
         row |= self.guard.spent() if self.guard else {}
         measured: dict[str, float] = {}
-        if not strategy.personal and (round % config.evaluate.every == 0 or round == config.rounds):
+        due = round % config.evaluate.every == 0 or round == config.rounds
+        if due and not strategy.personal and len(self.bench.dataset.test):
             measured = measure(self.bench, arrays)
         row |= measured | {"seconds": time.perf_counter() - self.started}
         self.recorder.round(row)

@@ -133,6 +133,11 @@ def _check_run(config: Config) -> None:
     check.positive(threads=config.threads)
     check.positive(round_timeout=config.round_timeout)
     check.fraction(min_success=config.min_success)
+    check.positive(patience=config.patience)
+    if config.min_online is not None:
+        check.positive(min_online=config.min_online)
+        if config.min_online > config.clients:
+            raise ConfigError(f"min_online={config.min_online} is more than clients={config.clients}; lower it")
     check.one_of(("auto", "cpu", "cuda"), device=config.device)
     if config.clients_per_round is not None:
         check.positive(clients_per_round=config.clients_per_round)
@@ -210,17 +215,34 @@ def _check_data(config: Config) -> None:
     check.positive(**{"partition.alpha": config.partition.alpha})
     check.positive(**{"partition.min_examples": config.partition.min_examples})
     check.positive(**{"partition.shards_per_client": config.partition.shards_per_client})
-    if not 0 < config.dataset.test_fraction < 1:
-        raise ConfigError(f"dataset.test_fraction={config.dataset.test_fraction} must lie between 0 and 1")
+    check.below_one(**{"dataset.test_fraction": config.dataset.test_fraction})
     _check_domains(config.dataset)
     if config.model.name == "hf" and not config.model.path:
         raise ConfigError("model=hf needs model.path=<folder or hub name>")
+    _check_deploy(config)
     if config.dataset.name in ("files", "hub"):
-        if not config.dataset.path:
+        if not config.dataset.path and not config.deploy:
             what = "file" if config.dataset.name == "files" else "name on the hub"
             raise ConfigError(f"dataset={config.dataset.name} needs dataset.path=<{what}>")
         if bool(config.dataset.text) == bool(config.dataset.image):
             raise ConfigError("dataset.text and dataset.image: name one column of the two, such as dataset.text=sentence")
+
+
+def _check_deploy(config: Config) -> None:
+    own = config.partition.name == "own"
+    if not config.deploy:
+        if own:
+            raise ConfigError("partition=own needs deploy=<connection>, whose devices have their own data; choose another")
+        return
+    for setting, bad, cure in (
+        (f"partition={config.partition.name}", not own, "remove it: each device keeps what it has"),
+        (f"dataset={config.dataset.name}", config.dataset.name != "files", "set dataset=files"),
+        (f"dataset.domains={config.dataset.domains}", bool(config.dataset.domains), "remove it"),
+        ("dataset.classes=[]", not config.dataset.classes, "name all labels, which no device knows: dataset.classes=[no,yes]"),
+        ("privacy=user with privacy.sampling=poisson", config.poisson, "set privacy.sampling=fixed"),
+    ):
+        if bad:
+            raise ConfigError(f"deploy={config.deploy} does not go with {setting}; {cure}")
 
 
 def _check_domains(dataset: DatasetConfig) -> None:

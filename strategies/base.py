@@ -35,10 +35,11 @@ class LoRAStrategy(Wire):
 
     Keywords besides Flower's own (`fraction_train`, `min_available_nodes`, …):
     `init` names how the runtime draws A (kaiming, orthonormal or pissa; B starts at zero), `scale` is alpha / rank,
-    `seed` draws the cohorts, `min_success` is the share of a cohort that must return a usable update (a round below it
-    raises RunError), `patience` the seconds to wait for `min_available_nodes` to come online, `evaluate_every` the rounds
-    from one evaluation on the clients to the next. With `poisson` every node is drawn by itself, with the probability
-    `fraction_train` gives it, so that cohorts vary in size. `ranks` are those of clients 0, 1, …, none above the state's.
+    `seed` draws the cohorts, out of so many `clients` whether they are online or not (none: out of those online),
+    `min_success` is the share of a cohort that must return a usable update (a round below it raises RunError), `patience`
+    the seconds to wait for `min_available_nodes` to come online, `evaluate_every` the rounds from one evaluation on the
+    clients to the next. With `poisson` every node is drawn by itself, with the probability `fraction_train` gives it, so
+    that cohorts vary in size. `ranks` are those of clients 0, 1, …, none above the state's.
     `round_timeout` is how many seconds further messages of a round are waited for (the first ones: Flower's `timeout`).
     With `derive` the clients are fedlora's own, which know how everything began: only what they cannot derive is sent down,
     `encodes` says how it is encoded, what they send, and for top_k the share of it.
@@ -50,6 +51,7 @@ class LoRAStrategy(Wire):
         init: Annotated[str, "how A begins: kaiming, orthonormal or pissa"] = "kaiming",
         scale: float = 1.0,
         seed: int = 0,
+        clients: int | None = None,
         min_success: float = 0.5,
         patience: float = 600.0,
         evaluate_every: int = 1,
@@ -65,6 +67,7 @@ class LoRAStrategy(Wire):
         self.fraction_evaluate = evaluated  # set here, since Flower logs a warning for 0, our default
         self.init = check.one_of(("kaiming", "orthonormal", "pissa"), **{"strategy.init": init})
         self.scale, self.seed, self.evaluate_every, self.poisson = scale, seed, evaluate_every, poisson
+        self.clients = clients
         self.min_success = check.fraction(min_success=min_success)
         self.ranks, self.derive, self.encodes, self.round_timeout = ranks, derive, encodes, round_timeout
         if ranks is not None and self.unequal not in ("native", "padded"):
@@ -120,13 +123,15 @@ class LoRAStrategy(Wire):
         self.state = replace(self.state, adapters=sent.adapters, dense=dense, base_correction=sent.base_correction)
         self._grid = grid
         nodes = self._nodes(grid)
-        drawn = draw_cohort(self.seed, server_round, sorted(nodes), self._size(len(nodes)), self.poisson)
-        cohort = self.admit(server_round, drawn)
+        everyone = sorted(nodes) if self.clients is None else list(range(self.clients))
+        drawn = draw_cohort(self.seed, server_round, everyone, self._size(len(everyone)), self.poisson)
+        cohort = self.admit(server_round, [client for client in drawn if client in nodes])
+        away = {client: "not online" for client in drawn if client not in nodes}
         if not cohort and self.release is None:
-            raise RunError(f"round {server_round}: no client that was drawn may take part any more")
+            raise RunError(f"round {server_round}: no client that was drawn is online and may take part")
         self._sent = self._messages(arrays, config, server_round, [nodes[c] for c in cohort], MessageType.TRAIN)
         down = sum(messages.array_bytes(message.content) for message in self._sent)
-        self.report = RoundReport(server_round, cohort, bytes_down=down)
+        self.report = RoundReport(server_round, sorted([*cohort, *away]), away, bytes_down=down)
         self.report.sent_at = time.perf_counter()
         return self._sent
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -52,8 +53,14 @@ def small(tmp_path):
     return make
 
 
+def write_digits(folder: Path, devices: int, each: int) -> None:
+    """Digits as files of several devices, by the example of docs/edge.md."""
+    runpy.run_path(str(ROOT / "examples" / "edge" / "digits.py"))["main"](folder, devices, each)
+
+
 def run_py(*arguments: str, cwd: Path = ROOT, **options) -> subprocess.CompletedProcess[str]:
     """`python run.py …` as a user types it."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1"} | options.pop("env", {})
+    timeout = options.pop("timeout", 180)
     command = [sys.executable, str(ROOT / "run.py"), *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=180, **options)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, **options)

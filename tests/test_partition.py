@@ -14,7 +14,7 @@ from fedlora.check import ConfigError
 from fedlora.config import Config, PartitionConfig
 from fedlora.data import Examples, partition
 
-DRAWN = [name for name in partition.names() if name not in ("natural", "domains")]  # those two read groups
+DRAWN = [name for name in partition.names() if name not in ("natural", "domains", "own")]  # two read groups, one sizes
 
 
 def examples_of(labels: list[int] | np.ndarray, groups: list[str] | None = None) -> Examples:

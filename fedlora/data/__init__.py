@@ -86,9 +86,11 @@ def load(config: DatasetConfig, seed: int) -> Dataset:
     """
     check.one_of(names(), **{"dataset.name": config.name})
     dataset: Dataset = importlib.import_module(f"{__name__}.{config.name}").load(config, seed)
+    if config.classes:  # named, so that one device may have none of some, and its server no training data at all
+        return dataset
     if not len(dataset.train):
         raise ConfigError(f"dataset={config.name} has no training examples; name data that has some")
-    if not len(dataset.test):
+    if not len(dataset.test) and config.test_fraction:
         raise ConfigError(f"dataset={config.name} has no test examples; add examples or name a test set by dataset.test")
     trained = np.unique(dataset.train.labels)
     if len(trained) < 2:

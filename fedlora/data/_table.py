@@ -7,8 +7,8 @@ and an error: an example is never dropped in silence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,35 +80,40 @@ class Table:
         return np.stack(images) if len({image.shape for image in images}) == 1 else images
 
 
-def dataset(config: DatasetConfig, train: Table, test: Table | None) -> Dataset:
+def dataset(config: DatasetConfig, train: Table | None, test: Table | None) -> Dataset:
     """The dataset of a training table and a test table; without the latter, `config.test_fraction` is split off.
 
-    Raises ConfigError for a column that is not there, a value that is missing or unusable, and a label that occurs in
-    the test table only.
+    With `config.classes` either may lack labels, or be absent: no examples then.
+    Raises ConfigError for a column that is not there, a value that is missing or unusable, and a label that is none of the
+    classes, which are those of the training table unless they are named.
     """
-    labels = train.words("label", config.label)
-    if not labels:
+    labels = train.words("label", config.label) if train else []
+    if train and not labels:
         raise ConfigError(f"{train.source} holds no examples; name data that has some")
-    classes = ordered(train.classes or labels)
-    examples = Examples(
-        inputs=_inputs(config, train),
-        labels=_encoded(labels, classes),
-        groups=np.array(train.words("group", config.group)) if config.group else None,
-    )
+    classes = ordered(config.classes or (train.classes if train else None) or labels)
+    known = config.classes or labels
+    examples = _examples(config, train, classes, known) if train else None
+    tests = _examples(replace(config, group=None), test, classes, known) if test else None
     kind = "text" if config.text else "image"
-    if test is None:
+    if examples is not None and tests is None and config.test_fraction:
         kept, held = split_off_test(examples.labels, config.test_fraction)
         return Dataset(kind, classes, examples.take(kept), examples.take(held))
+    none = (examples or tests or Examples([], np.zeros(0, np.int64))).take(np.zeros(0, np.int64))
+    return Dataset(kind, classes, none if examples is None else examples, none if tests is None else tests)
 
-    test_labels = test.words("label", config.label)
-    unseen = set(test_labels).difference(labels)
-    if unseen:
-        row = next(row for row, label in enumerate(test_labels, start=1) if label in unseen)
-        raise ConfigError(
-            f"dataset.label={config.label} is '{test_labels[row - 1]}' in row {row} of {test.source}, a class without "
-            "training examples; add some or remove it from the test set"
+
+def _examples(config: DatasetConfig, table: Table, classes: list[str], known: Collection[str]) -> Examples:
+    labels = table.words("label", config.label)
+    if unknown := set(labels).difference(known):
+        row = next(row for row, label in enumerate(labels, start=1) if label in unknown)
+        reason = (
+            f"none of dataset.classes={','.join(config.classes)}; correct the one or the other"
+            if config.classes
+            else "a class without training examples; add some or remove it from the test set"
         )
-    return Dataset(kind, classes, examples, Examples(_inputs(config, test), _encoded(test_labels, classes)))
+        raise ConfigError(f"dataset.label={config.label} is '{labels[row - 1]}' in row {row} of {table.source}, {reason}")
+    groups = np.array(table.words("group", config.group)) if config.group else None
+    return Examples(_inputs(config, table), _encoded(labels, classes), groups)
 
 
 def _inputs(config: DatasetConfig, table: Table) -> list[str] | np.ndarray | list[np.ndarray]:

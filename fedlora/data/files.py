@@ -30,7 +30,7 @@ def load(config: DatasetConfig, seed: int) -> Dataset:
 
     Raises ConfigError, which names the file's setting, where a file cannot be read or is not what its ending says.
     """
-    train = _read("dataset.path", str(config.path), config)
+    train = _read("dataset.path", config.path, config) if config.path else None  # a server of real devices has none
     test = _read("dataset.test", config.test, config) if config.test else None
     return _table.dataset(config, train, test)
 

@@ -57,11 +57,11 @@ def split(config: PartitionConfig, examples: Examples, clients: int, seed: int) 
     Raises ConfigError where the partition is unknown or impossible with these examples and this number of clients.
     """
     check.one_of(names(), **{"partition.name": config.name})
-    if config.name != "natural":  # there the number of clients is given, and the group that is too small is named
+    if config.name not in ("natural", "own"):  # there the number of clients is given, and a group that is too small named
         _require_room(clients, config.min_examples, len(examples))
     rng = seeds.stream(seed, "partition")
     parts = PARTITIONS[config.name](config, examples, clients, rng)
-    if min(map(len, parts)) < config.min_examples:
+    if min(map(len, parts)) < config.min_examples and config.name != "own":
         parts = _repaired(parts, config.min_examples, rng)
     return [np.sort(np.asarray(part, np.int64)) for part in parts]
 
@@ -153,6 +153,12 @@ def domains(config: PartitionConfig, examples: Examples, clients: int, rng: np.r
             )
         parts |= zip(holders, np.array_split(rng.permutation(members), len(holders)), strict=True)
     return [parts[client] for client in range(clients)]
+
+
+@partition
+def own(config: PartitionConfig, examples: Examples, clients: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Each client has its examples where it is, numbered from 0, and so many as `sizes` says (deploy only)."""
+    return [np.arange(size) for size in config.sizes]
 
 
 @partition

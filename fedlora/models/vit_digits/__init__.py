@@ -27,7 +27,10 @@ def load(config: ModelConfig, dataset: Dataset, seed: int) -> base.Base:
     from fedlora.models import hf
     from fedlora.models.base import Base
 
-    shape = getattr(dataset.train.inputs, "shape", None) if dataset.kind == "image" else None
+    examples = dataset.train if len(dataset.train) else dataset.test
+    shape = getattr(examples.inputs, "shape", None) if dataset.kind == "image" else None
+    if not len(examples) and dataset.kind == "image":
+        shape = (0, 8, 8, 1)  # a server without examples of its own
     if shape is None or shape[1:] != (8, 8, 1) or len(dataset.classes) != 10:
         raise ConfigError("model=vit_digits reads 8 × 8 grey digits only; use dataset=digits, or model=hf for other data")
     model, new = hf.load_classifier(str(FOLDER), dataset, seed)

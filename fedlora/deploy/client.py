@@ -1,0 +1,142 @@
+"""`fedlora-client`: a device's side of a federation, in one command.
+
+    fedlora-client --superlink host:port --root-certificates ca.crt --key device.key --client 0 \\
+                   --data notes.jsonl --text text --model <folder> --epsilon 6 --state ~/.fedlora-client
+
+It reads the data and the model, says what will be trained on and what will leave the device, and then connects.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedlora import check, models
+from fedlora.check import ConfigError, RunError
+from fedlora.config import Config, DatasetConfig
+from fedlora.deploy.account import Account, Limits
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0 stopped, 1 the connection failed, 2 something must be put right first."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return _run(arguments)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    limits = Limits(
+        epsilon=check.positive(**{"--epsilon": arguments.epsilon}),
+        delta=check.below_one(**{"--delta": check.positive(**{"--delta": arguments.delta})}),
+        clip=check.positive(**{"--clip": arguments.clip}),
+        steps=check.positive(**{"--max-steps": arguments.max_steps}),
+    )
+    data = DatasetConfig(
+        name="files", path=str(arguments.data), test_fraction=0.0, text=arguments.text, image=arguments.image,
+        label=arguments.label, columns=arguments.columns.split(",") if arguments.columns else [],
+    )  # fmt: skip
+    if bool(data.text) == bool(data.image):
+        raise ConfigError("--text and --image: name one column of the two, such as --text sentence")
+    account = Account(arguments.state, limits)
+    agreed = _experiment(arguments.experiment) if arguments.experiment else None
+
+    from fedlora.deploy import preview
+    from fedlora.deploy.device import Device, Holdings
+
+    model = (arguments.model, None) if arguments.model in set(models.names()) - {"hf"} else ("hf", arguments.model)
+    own = preview.data(Holdings(arguments.client, 0, data, model, arguments.device, arguments.cache, agreed))
+    preview.experiment(own, account)
+    preview.limits(account)
+    if arguments.check:
+        return 0
+
+    from fedlora.deploy.node import Connection, Node
+
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+    secure = not arguments.insecure
+    if secure and arguments.key is None:
+        raise ConfigError(
+            "--key is missing: the private key that the server has registered; --insecure does without, for tests"
+        )
+    connection = Connection(
+        arguments.superlink, arguments.root_certificates, arguments.key, arguments.insecure, arguments.wait, arguments.port
+    )
+    print(f"connecting to {arguments.superlink}" + ("" if secure else ", in clear text"), flush=True)
+    with Node(connection, arguments.state) as node:
+        status = node.serve(Device(own, account))
+    if status:
+        raise RunError(f"the connection to {arguments.superlink} ended (SuperNode status {status}); its reason stands above")
+    return 0
+
+
+def _experiment(path: Path) -> Config:
+    try:
+        return Config.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--experiment {path} is not a run's config.json ({error})") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fedlora-client", description=__doc__.split("\n")[0], allow_abbrev=False)
+    reach = parser.add_argument_group("the server")
+    reach.add_argument(
+        "--superlink", required=True, metavar="HOST:PORT", help="address of the SuperLink, or of the proxy before it"
+    )
+    reach.add_argument(
+        "--root-certificates", type=Path, metavar="FILE", help="CA of the server's certificate; none: the system's"
+    )
+    reach.add_argument(
+        "--key", type=Path, metavar="FILE", help="this device's private key, whose public half the server registered"
+    )
+    reach.add_argument("--insecure", action="store_true", help="no TLS and no key, for tests on one machine")
+    reach.add_argument(
+        "--wait", type=float, default=600.0, metavar="S", help="seconds to try a server out of reach (default: 600)"
+    )
+    own = parser.add_argument_group("this device")
+    own.add_argument("--client", type=int, required=True, metavar="K", help="its number in the federation, from 0")
+    own.add_argument(
+        "--data", type=Path, required=True, metavar="FILE", help="CSV, TSV, JSON Lines or Parquet; never leaves the device"
+    )
+    own.add_argument("--text", metavar="COLUMN", help="column of the text")
+    own.add_argument("--image", metavar="COLUMN", help="column of the image's path")
+    own.add_argument("--label", default="label", metavar="COLUMN", help="column of the label (default: label)")
+    own.add_argument("--columns", metavar="A,B", help="names of the columns, for a CSV or TSV without a header line")
+    own.add_argument("--model", default="vit_digits", metavar="MODEL", help="a Hugging Face folder, or vit_digits (default)")
+    own.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    own.add_argument(
+        "--cache", type=float, default=1.0, metavar="GB", help="for what frozen blocks make of the examples (default: 1)"
+    )
+    own.add_argument("--state", type=Path, default=Path.home() / ".fedlora-client", metavar="FOLDER",
+        help="ledger and seed (default: ~/.fedlora-client)")  # fmt: skip
+    own.add_argument(
+        "--port", type=int, default=9094, help="of the SuperNode on 127.0.0.1; one each for devices on one machine"
+    )
+    limits = parser.add_argument_group("limits, whatever the server asks for")
+    limits.add_argument(
+        "--epsilon", type=float, required=True, metavar="ε", help="budget for everything it takes part in; inf: none"
+    )
+    limits.add_argument(
+        "--delta", type=float, default=1e-5, metavar="δ", help="of that budget, and the largest allowed (default: 1e-5)"
+    )
+    limits.add_argument(
+        "--clip", type=float, default=1.0, metavar="C", help="largest bound on a record's gradient (default: 1)"
+    )
+    limits.add_argument("--max-steps", type=int, default=1000, metavar="N", help="local steps a round (default: 1000)")
+    limits.add_argument("--experiment", type=Path, metavar="FILE", help="config.json of the only experiment to take part in")
+    parser.add_argument("--check", action="store_true", help="check and say everything, and do not connect")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

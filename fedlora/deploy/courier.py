@@ -1,0 +1,101 @@
+"""Records as lines of a log: the one way from a ServerApp back to whoever started it that every SuperLink offers.
+
+    fedlora <number> say <a line for people>
+    fedlora <number> row <a line of rounds.jsonl>
+    fedlora <number> part <name> <base64>          a piece of a file, in order
+    fedlora <number> end <name>                    the file is whole
+
+Lines are numbered, so that a log that is read again from its beginning changes nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from fedlora.check import RunError
+from fedlora.records import ROUNDS
+
+MARK, PIECE = "fedlora", 48_000  # bytes of a file in one line
+
+
+class Sender(io.TextIOBase):
+    """Says the files of a folder, and what is printed to it; `write_line` takes a whole line. For several threads."""
+
+    def __init__(self, folder: Path, write_line: Callable[[str], object]) -> None:
+        self.folder, self.write_line = folder, write_line
+        self._sent = self._rows = 0
+        self._begun = ""  # a line that is not whole yet
+        self._lock = threading.Lock()
+
+    def write(self, text: str) -> int:
+        """As a file does."""
+        *lines, self._begun = (self._begun + text).split("\n")
+        for line in lines:
+            self._line("say", line)
+        return len(text)
+
+    def rounds(self) -> None:
+        """The rounds that are new since the last call, without a line that is not whole yet."""
+        try:
+            lines = (self.folder / ROUNDS).read_text(encoding="utf-8").split("\n")[:-1]
+        except OSError:
+            return
+        for line in lines[self._rows :]:
+            self._line("row", line)
+        self._rows = len(lines)
+
+    def files(self, name: str) -> None:
+        """A file, or all that are in a folder, by its path within the folder; nothing where there is none."""
+        for path in sorted((self.folder / name).rglob("*")) or [self.folder / name]:
+            if not path.is_file():
+                continue
+            content, inner = path.read_bytes(), path.relative_to(self.folder).as_posix()
+            for start in range(0, len(content), PIECE):
+                self._line("part", inner, base64.b64encode(content[start : start + PIECE]).decode())
+            self._line("end", inner)
+
+    def _line(self, *words: str) -> None:
+        with self._lock:
+            self.write_line(" ".join([MARK, str(self._sent), *words]) + "\n")
+            self._sent += 1
+
+
+class Receiver:
+    """Reads what a `Sender` says out of a log.
+
+    What comes is only taken for what it says: a file whose name would leave the folder raises RunError.
+    """
+
+    def __init__(
+        self, say: Callable[[str], object], row: Callable[[str], object], file: Callable[[str, bytes], object]
+    ) -> None:
+        self.say, self.row, self.file = say, row, file
+        self._read = 0
+        self._parts: dict[str, list[bytes]] = {}
+
+    def take(self, line: str) -> bool:
+        """Acts on a line of the log; whether it was one of ours."""
+        words = line.rstrip("\n").split(" ", 3)
+        if words[0] != MARK or len(words) < 3 or not words[1].isdecimal():
+            return False
+        if int(words[1]) == self._read:
+            self._read += 1
+            self._act(words[2], words[3] if len(words) > 3 else "")
+        return True
+
+    def _act(self, kind: str, rest: str) -> None:
+        name, _, piece = rest.partition(" ")
+        if kind == "say":
+            self.say(rest)
+        elif kind == "row":
+            self.row(rest)
+        elif kind == "part":
+            self._parts.setdefault(name, []).append(base64.b64decode(piece))
+        elif Path(name).is_absolute() or ".." in Path(name).parts:
+            raise RunError(f"the server sent a file named {name}, which would lie outside the results folder")
+        else:
+            self.file(name, b"".join(self._parts.pop(name, [])))

@@ -1,0 +1,96 @@
+"""What a device says before it connects: its data, its model, what may leave it, what an experiment costs it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import replace
+
+import psutil
+
+from fedlora.check import ConfigError
+from fedlora.config import Config
+from fedlora.deploy.account import Account
+from fedlora.deploy.device import Holdings, check, localised, work
+from fedlora.terminal import say, size
+
+
+def data(own: Holdings) -> Holdings:
+    """Reads the device's file and says what is in it; returns the holdings with their number. Raises ConfigError."""
+    from fedlora.data import files
+
+    dataset = files.load(own.data, 0)
+    counts = Counter(dataset.classes[label] for label in dataset.train.labels.tolist())
+    shown = ", ".join(f"{name} × {counts[name]}" for name in dataset.classes[:10]) + (", …" if len(counts) > 10 else "")
+    say(f"data: {own.data.path}, {len(dataset.train)} examples ({shown}); they stay here")
+    return replace(own, examples=len(dataset.train), data=replace(own.data, classes=dataset.classes))
+
+
+def limits(account: Account) -> None:
+    """Says what the owner allows, and what is spent of it."""
+    allowed = account.limits
+    if math.isinf(allowed.epsilon):
+        say("privacy: none demanded (--epsilon inf); an update may tell what is in the data")
+    else:
+        left = f"spent so far: {account.spent:.4g} in {len(account.rows)} rounds"
+        say(f"privacy: ε ≤ {allowed.epsilon:g} at δ = {allowed.delta:g} for each record, clip ≤ {allowed.clip:g}; {left}")
+    say(f"ledger and seed: {account.folder}")
+
+
+def experiment(own: Holdings, account: Account) -> None:
+    """Loads the model, for the experiment that was agreed to or else for the default one, and says what would be sent.
+
+    Loading it now also spares the first round that time. Raises ConfigError or RunError where the device cannot take part.
+    """
+    from clients import private, train  # noqa: F401  # Opacus takes a second to load
+    from fedlora import experiment as whole
+    from fedlora import plan, workbench
+    from fedlora.participation import schedule
+
+    config = localised(own, own.agreed or _usual(own))
+    rate, steps, examples = work(own, config)
+    if own.agreed is not None:
+        check(account, config, steps)
+    bench, strategy = workbench.build(config), whole.make_strategy(config)
+    state = whole.initial_state(bench, strategy)
+    weights = sum(p.numel() * p.element_size() for p in bench.model.peft.parameters())
+    needs = plan.saved_bytes(bench, strategy, own.client) + 4 * plan.trained(state, strategy) * 4
+    free = psutil.virtual_memory().available
+    say(f"model: {config.model.path or config.model.name}, {size(weights)}; a step needs {size(needs)}, {size(free)} are free")
+    if needs > free:
+        raise ConfigError(f"a step of this model needs {size(needs)} and {size(free)} are free; close something")
+    arrays = strategy.sent_up(state, 1, None if strategy.ranks is None else strategy.ranks[own.client])
+    name, array = next(iter(arrays.items()))
+    up, down = plan.bytes_up(state, strategy, own.client), plan.bytes_down(state, strategy, own.client)
+    usual = "" if own.agreed is not None else " (fedsvd at rank 8; the server may ask for other, --experiment pins it)"
+    say(f"trains{usual}: {plan.trained(state, strategy):,} parameters on {examples} examples, {steps} steps a round")
+    say(f"leaves the device in a round: {len(arrays)} arrays, such as {name} {array.shape}, {size(up)}; {size(down)} come")
+    told = "the number of examples, of steps and of seconds"
+    if (own.agreed is None and math.isfinite(account.limits.epsilon)) or config.privacy.name == "record":
+        say(f"  besides: {told}; no loss, no accuracy")
+    else:
+        say(f"  besides: {told}, the loss" + (", the accuracy on what is held back" if config.evaluate.holdout else ""))
+    if own.agreed is not None and config.privacy.name == "record":
+        rounds = schedule(config.seed, config.rounds, config.clients, config.cohort_size)[own.client]
+        sigma = _sigma(config, rate, steps, rounds)
+        after = account.after(sigma, rate, steps * rounds)
+        say(f"costs: ε = {after:.4g} after its {rounds} rounds (σ = {sigma:.4g}, q = {rate:.3g}, {steps * rounds} steps)")
+
+
+def _usual(own: Holdings) -> Config:
+    """The default experiment on data like the device's."""
+    base = Config(clients=own.client + 1, deploy="none")
+    labels = own.data.classes if own.model[0] == "hf" else [str(digit) for digit in range(10)]
+    return replace(
+        base,
+        model=replace(base.model, name=own.model[0], path=own.model[1]),
+        dataset=replace(own.data, path=None, classes=labels),
+    )
+
+
+def _sigma(config: Config, rate: float, steps: int, rounds: int) -> float:
+    """σ as the server derives it for a client with these numbers."""
+    from fedlora.privacy.record_level import Client, noise_multipliers
+
+    fraction = config.cohort_size / config.clients
+    return noise_multipliers(config.privacy, [Client(rate, steps, rounds)], config.rounds, fraction)[0]
