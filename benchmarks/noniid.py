@@ -1,4 +1,4 @@
-"""All strategies under label skew and feature skew, each at its own learning rate: the table and picture of docs/noniid.md.
+"""All strategies under label skew and feature skew, each at its own learning rate: the table of docs/noniid.md.
 
     python -m benchmarks.noniid [--results results/noniid] [--docs docs]
 
@@ -70,7 +70,7 @@ def best_rates(tuned: dict[Cell, dict[str, Any]]) -> dict[tuple[str, str], float
 
 
 def main() -> None:
-    """Run what is missing, and write noniid.csv and noniid.png."""
+    """Run what is missing, and write noniid.csv."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("results/noniid"))
     parser.add_argument("--docs", type=Path, default=Path("docs"))

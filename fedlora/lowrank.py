@@ -229,7 +229,8 @@ def draw(shape: tuple[int, int], init: str, rng: np.random.Generator) -> np.ndar
     """
     if init == "kaiming":
         return rng.uniform(-1, 1, shape).astype(np.float32) / np.float32(np.sqrt(shape[1]))
-    return orthonormal_rows(rng.standard_normal(shape)).astype(np.float32)
+    rows = orthonormal_rows(rng.standard_normal(shape))
+    return np.ascontiguousarray(rows, np.float32)  # as it would come off the wire: another layout has other last bits
 
 
 def orthonormal_rows(A: np.ndarray) -> np.ndarray:
