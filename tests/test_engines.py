@@ -163,6 +163,11 @@ def _one_round(config, app, timeout=3600.0):
         strategy = _start(config, grid, rounds=1, timeout=timeout)
 
     engine = engines.make(config, app)
+    if timeout < 3600:  # the deadline is for the clients; on a busy machine the workers alone take longer to come up
+        import ray
+
+        warming = engine.starting.result().warming
+        ray.wait(list(warming), num_returns=len(warming))
     engine.run(drive)
     return strategy
 
