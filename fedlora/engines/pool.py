@@ -122,8 +122,9 @@ class Pool:
                     told = f"nodes have {processor} and {self.kind.driver.processor}: numbers agree to rounding, not to the bit"
                     warnings.warn(told, cluster.MixedProcessors, stacklevel=2)
             except RunError as error:
-                self._drop(seat)
-                raise RunError(str(getattr(error, "cause", error))) from error
+                if self.kind.address is not None:  # on this machine it is what an earlier experiment asked for
+                    self._drop(seat)
+                    raise RunError(str(getattr(error, "cause", error))) from error
             except ray.exceptions.RayActorError as error:
                 if error.actor_init_failed:
                     self._drop(seat)
