@@ -163,12 +163,10 @@ def _starts(batch: Sequence[tuple[Message, Context]], bench: Workbench) -> list[
     common: dict[int, Start] = {}
     starts = []
     for message, context in batch:
-        key = id(_arrays(message))
-        if start.PERSONAL in context.state.array_records:
-            starts.append(start.begin(bench, _job(message)[0], sent[key], context.state))
-            continue
+        record = _arrays(message)
+        key = id(context if start.PERSONAL in context.state.array_records else record)
         if key not in common:
-            common[key] = start.begin(bench, _job(message)[0], sent[key], context.state)
+            common[key] = start.begin(bench, _job(message)[0], sent[id(record)], context.state)
         starts.append(common[key])
     return starts
 

@@ -7,7 +7,8 @@ the cure. The command line prints that sentence and exits with status 2.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable
+import sys
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 
@@ -17,6 +18,15 @@ class ConfigError(ValueError):
 
 class RunError(RuntimeError):
     """A run that cannot go on though its settings were right: one sentence, exit status 1."""
+
+
+def exit_status(command: Callable[[], int]) -> int:
+    """What a command returns; 2 for a ConfigError and 1 for a RunError, whose sentences are printed."""
+    try:
+        return command()
+    except (ConfigError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
 
 
 def positive(**setting: float) -> Any:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedlora import check
-from fedlora.check import ConfigError, RunError
+from fedlora.check import ConfigError
 from fedlora.config import Config, from_dict, settings
 
 if TYPE_CHECKING:
@@ -37,28 +37,26 @@ def main(configs: Path, argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     try:
-        if arguments.help:
-            print(help_text(configs))
-            return 0
-        from fedlora import sweep
-
-        cells = [compose(configs, cell) for cell in expand(arguments.overrides, arguments.multirun)]
-        if arguments.list:
-            return _list(cells[0])
-        if len(cells) > 1:
-            cells = sweep.place(cells, arguments.overrides)
-        if cells[0].deploy:
-            return _deploy(cells, configs.parent)
-        return _plan(cells) if cells[0].plan else _run(cells)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return check.exit_status(lambda: _command(configs, arguments))
     except KeyboardInterrupt:
         print("stopped by Ctrl-C before a result was written", file=sys.stderr)
         return 130
+
+
+def _command(configs: Path, arguments: argparse.Namespace) -> int:
+    if arguments.help:
+        print(help_text(configs))
+        return 0
+    from fedlora import sweep
+
+    cells = [compose(configs, cell) for cell in expand(arguments.overrides, arguments.multirun)]
+    if arguments.list:
+        return _list(cells[0])
+    if len(cells) > 1:
+        cells = sweep.place(cells, arguments.overrides)
+    if cells[0].deploy:
+        return _deploy(cells, configs.parent)
+    return _plan(cells) if cells[0].plan else _run(cells)
 
 
 # ---- before any work

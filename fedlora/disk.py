@@ -7,11 +7,15 @@ import os
 from pathlib import Path
 
 
-def write(path: Path, content: bytes) -> None:
-    """Replace the file in one move; when this returns, the new one is on disk. Raises OSError, the old one untouched."""
+def write(path: Path, content: bytes, mode: int = 0o666) -> None:
+    """Replace the file in one move; when this returns, the new one is on disk. Raises OSError, the old one untouched.
+
+    `mode` is who may read and write it, as the process's umask leaves it.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        temporary.unlink(missing_ok=True)  # one that was left behind has a mode of its own
+        with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -19,9 +23,14 @@ def write(path: Path, content: bytes) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    with contextlib.suppress(OSError):  # not every file system lets a folder be flushed
-        folder = os.open(path.parent, os.O_RDONLY)
+    flush_names(path.parent)
+
+
+def flush_names(folder: Path) -> None:
+    """When this returns, the names of the folder's files are on disk, where the file system can promise that."""
+    with contextlib.suppress(OSError):
+        opened = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(opened)
         finally:
-            os.close(folder)
+            os.close(opened)

@@ -142,6 +142,11 @@ def trained_arrays(adapters: Adapters, dense: Mapping[str, np.ndarray], trains: 
     return {key: array.astype(np.float64) for key, array in (named | {(n, ""): a for n, a in dense.items()}).items()}
 
 
+def norm(arrays: Named) -> float:
+    """The Euclidean norm of all of them together."""
+    return float(np.sqrt(sum(np.sum(array**2) for array in arrays.values())))
+
+
 def update_of(state: ServerState, arrays: Named, examples: int) -> Update:
     """The arrays as one update of no client's own, in the dtypes of the state; a factor that is absent is the broadcast one."""
     adapters = {

@@ -110,8 +110,9 @@ def _changes(since: ServerState, state: ServerState) -> Adapters:
     changes = {}
     for name, pair in adapters.items():
         now, then = state.base_correction.get(name), since.base_correction.get(name)
-        parts = [(pair, 1.0), *((now, 1.0),) * (now is not then and now is not None)]
-        parts += [(then, -1.0)] * (now is not then and then is not None)
+        parts = [(pair, 1.0)]
+        if now is not then:
+            parts += [(base, sign) for base, sign in ((now, 1.0), (then, -1.0)) if base is not None]
         pairs, signs = zip(*parts, strict=True)
         changes[name] = lowrank.stack(pairs, np.array(signs)) if len(parts) > 1 else pair
     return changes

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -25,10 +26,9 @@ def make(
     name: str, lr: float, momentum: float = 0.9, beta2: float = 0.99, tau: float = 1e-3
 ) -> Callable[[ServerState, ServerState, str], ServerState]:
     """The function of (state before, merged state, factors sent) → state; moments start at zero."""
-    if name == "momentum":
-        step = lambda delta, memory: _momentum(delta, memory, lr, momentum)  # noqa: E731
-    else:
-        step = lambda delta, memory: _adam(delta, memory, lr, (momentum, beta2), tau)  # noqa: E731
+    step: Step = partial(_momentum, lr=lr, beta=momentum)
+    if name == "adam":
+        step = partial(_adam, lr=lr, betas=(momentum, beta2), tau=tau)
     return lambda before, merged, sends: _moved(before, merged, sends, step)
 
 

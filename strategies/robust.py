@@ -15,7 +15,7 @@ from collections.abc import Callable
 import numpy as np
 from flwr.serverapp.strategy.fedtrimmedavg import trim_mean
 
-from fedlora.messages import Named, ServerState, Update, trained_arrays, update_of
+from fedlora.messages import ServerState, Update, norm, trained_arrays, update_of
 
 Robust = Callable[[ServerState, list[Update], str], list[Update]]
 
@@ -32,7 +32,8 @@ def make(mean: str, trim: float = 0.1, factor: float = 3.0) -> Robust:
 def norm_filter(state: ServerState, updates: list[Update], sends: str, factor: float) -> list[Update]:
     """The updates whose distance from the state is at most `factor` times the median distance."""
     start = trained_arrays(state.adapters, state.dense, sends)
-    distances = np.array([_distance(start, trained_arrays(u.adapters, u.dense, sends)) for u in updates])
+    sent = [trained_arrays(update.adapters, update.dense, sends) for update in updates]
+    distances = np.array([norm({key: arrays[key] - array for key, array in start.items()}) for arrays in sent])
     return [update for update, moved in zip(updates, distances, strict=True) if moved <= factor * np.median(distances)]
 
 
@@ -40,7 +41,3 @@ def _one(state: ServerState, updates: list[Update], sends: str, centre: Callable
     sent = [trained_arrays(update.adapters, update.dense, sends) for update in updates]
     middle = {key: centre(np.stack([arrays[key] for arrays in sent])) for key in sent[0]}
     return [update_of(state, middle, examples=sum(update.examples for update in updates))]
-
-
-def _distance(start: Named, sent: Named) -> float:
-    return float(np.sqrt(sum(np.sum((sent[key] - array) ** 2) for key, array in start.items())))

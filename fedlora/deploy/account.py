@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from fedlora import disk
 from fedlora.check import ConfigError, RunError
 from fedlora.privacy.ledger import Ledger
 
@@ -58,9 +59,7 @@ class Account:
 
     def after(self, sigma: float, rate: float, steps: int) -> float:
         """ε with so many steps more."""
-        planned = Ledger({0: self.ledger.history(0)})
-        planned.spend(0, sigma, rate, steps)
-        return planned.epsilon(0, self.limits.delta)
+        return self.ledger.after(0, sigma, rate, steps).epsilon(0, self.limits.delta)
 
     def admit(self, about: dict[str, Any], sigma: float, rate: float, steps: int) -> int:
         """The number of a noisy round that may begin: its line, with what it is `about`, is on disk when this returns.
@@ -95,13 +94,7 @@ def _locked(path: Path) -> IO[str]:
 
 def _secret(path: Path) -> str:
     if not path.exists():
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.unlink(missing_ok=True)
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secrets.token_hex(32) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        disk.write(path, f"{secrets.token_hex(32)}\n".encode(), mode=0o600)
     text = path.read_text(encoding="utf-8").strip()
     if len(text) != 64 or any(c not in "0123456789abcdef" for c in text):
         raise ConfigError(f"{path} is not a seed of 32 bytes in hexadecimal; restore it, or start a new state folder")
@@ -141,8 +134,6 @@ def _append(path: Path, row: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         if row["number"] == 1:  # the name of a new file is on disk with its folder
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+            disk.flush_names(path.parent)
     except OSError as error:
         raise RunError(f"cannot write the privacy ledger {path} ({error.strerror}), so this device does not train") from error

@@ -24,13 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0 stopped, 1 the connection failed, 2 something must be put right first."""
     arguments = _parser().parse_args(argv)
     try:
-        return _run(arguments)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return check.exit_status(lambda: _run(arguments))
     except KeyboardInterrupt:
         return 0
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedlora import messages, terminal
+from fedlora import disk, messages, terminal
 from fedlora.check import RunError
 from fedlora.config import Config
 from fedlora.deploy.courier import Receiver
@@ -73,7 +73,7 @@ def follow(recorder: Recorder, number: str, connection: str) -> str:
             return
         path = recorder.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        disk.write(path, content)
 
     receiver, last = Receiver(terminal.say, row, file), ""
     while True:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from flwr.app import Context, Error, Message
+from flwr.app import Context, Message
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, SendTaskHeartbeatRequest
 from flwr.supercore.constant import TaskType
 from flwr.supercore.heartbeat import HeartbeatSender
@@ -34,8 +34,9 @@ from flwr.supercore.interceptors import (
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
+from fedlora.engines.local import raised
+
 POLL = 0.2  # seconds from one look for a message to the next
-RAISED = 2  # Flower's error code for an exception in the ClientApp
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 Answer = Callable[[Message, Context], Message]
 
@@ -132,9 +133,10 @@ def _answered(answer: Answer, message: Message, context: Context) -> tuple[Messa
     try:
         return answer(message, context), "completed", ""
     except Exception as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sentence = f"{type(error).__name__}: {error}"
-        return Message(Error(RAISED, sentence), reply_to=message), "failed", sentence
+        reply = raised(message, error)
+        sentence = str(reply.error.reason)
+        print(sentence, file=sys.stderr)
+        return reply, "failed", sentence
 
 
 def _alive(client: RuntimeHttpClient) -> bool:

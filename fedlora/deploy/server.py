@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from functools import partial
@@ -24,6 +24,7 @@ from fedlora import messages
 from fedlora.check import RunError
 from fedlora.config import Config, EngineConfig
 from fedlora.deploy.courier import Sender
+from fedlora.engines.inline import InlineEngine
 from fedlora.records import ADAPTER, CURVES, MERGED, PRIVACY, SUMMARY
 
 POLL = 0.3  # seconds from one look for replies to the next
@@ -45,21 +46,7 @@ def main(grid: Grid, context: Context) -> None:
         config = replace(config, results=folder, name="run", engine=EngineConfig(name="inline"))
         with sending(Path(folder) / "run"):
             config = replace(config, partition=replace(config.partition, sizes=sizes(grid, config)))
-            experiment.run(config, started, engine=SuperLink(grid))
-
-
-class SuperLink:
-    """The engine of a deployment: the grid is there already."""
-
-    def __init__(self, grid: Grid) -> None:
-        self.grid = grid
-
-    def run(self, drive: Callable[[Grid], object]) -> None:
-        """Call `drive` here and now."""
-        drive(self.grid)
-
-    def close(self) -> None:
-        """The SuperLink goes on."""
+            experiment.run(config, started, engine=InlineEngine(grid))
 
 
 def sizes(grid: Grid, config: Config) -> list[int]:

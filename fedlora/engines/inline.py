@@ -31,7 +31,7 @@ class InlineGrid(LocalGrid):
 class InlineEngine:
     """The grid, with nothing to start and nothing to stop."""
 
-    def __init__(self, grid: InlineGrid) -> None:
+    def __init__(self, grid: Grid) -> None:
         self.grid = grid
 
     def run(self, drive: Callable[[Grid], object]) -> None:

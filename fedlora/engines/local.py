@@ -101,7 +101,6 @@ class LocalGrid(Grid):
     def remember(self, replies: list[Message], kept: list[RecordDict | None]) -> list[Message]:
         """The replies, the clients' states with them taken over."""
         for reply, state in zip(replies, kept, strict=True):
-            self.states.pop(reply.metadata.src_node_id, None)
             if state:
                 self.states[reply.metadata.src_node_id] = state
             else:
@@ -144,7 +143,12 @@ def _call(app: Any, message: Message, state: RecordDict | None, clients: int) ->
     try:
         return app(message, context), context.state or None
     except Exception as error:
-        return Message(Error(CLIENT_RAISED, f"{type(error).__name__}: {error}"), reply_to=message), state
+        return raised(message, error), state
+
+
+def raised(message: Message, error: Exception) -> Message:
+    """The reply of a client whose ClientApp raised, with the exception's sentence."""
+    return Message(Error(CLIENT_RAISED, f"{type(error).__name__}: {error}"), reply_to=message)
 
 
 def context_of(message: Message, clients: int, state: RecordDict | None = None) -> Context:

@@ -21,7 +21,7 @@ import numpy as np
 from fedlora import seeds
 from fedlora.check import ConfigError
 from fedlora.config import PrivacyConfig
-from fedlora.messages import Named, ServerState, Update, trained_arrays, update_of
+from fedlora.messages import ServerState, Update, norm, trained_arrays, update_of
 from fedlora.privacy import ledger
 from fedlora.privacy.user_level import user_epsilon, user_noise_multiplier
 
@@ -98,16 +98,16 @@ class UserGuard:
         for update in updates:
             sent = trained_arrays(update.adapters, update.dense, trains)
             delta = {key: sent[key] - start[key] for key in start}
-            norms.append(_norm(delta))
+            norms.append(norm(delta))
             factor = min(1.0, clip / norms[-1]) if norms[-1] else 1.0
             for key, array in delta.items():
                 total[key] += factor * array
         rng = seeds.stream(self.seed, "noise", round=round)
         dimensions = sum(array.size for array in total.values())
         self.measured = {
-            "updates_clipped": float(np.mean([norm > clip for norm in norms])) if norms else 0.0,
+            "updates_clipped": float(np.mean([moved > clip for moved in norms])) if norms else 0.0,
             "update_norm_mean": float(np.mean(norms)) if norms else 0.0,
-            "release_signal_to_noise": _norm(total) / (sigma * np.sqrt(dimensions)) if sigma else float("inf"),
+            "release_signal_to_noise": norm(total) / (sigma * np.sqrt(dimensions)) if sigma else float("inf"),
         }
         moved = {
             key: start[key] + (array + sigma * rng.standard_normal(array.shape)) / self.ledger.cohort
@@ -134,7 +134,3 @@ class UserGuard:
         if config.noise_multiplier is not None:
             return "z", f"{counted.noise_multiplier:.3g}", f"privacy.noise_multiplier, {how}"
         return "z", f"{counted.noise_multiplier:.3g}", f"ε = {config.epsilon:g}, δ = {config.delta:g}, user level, {how}"
-
-
-def _norm(arrays: Named) -> float:
-    return float(np.sqrt(sum(np.sum(array**2) for array in arrays.values())))

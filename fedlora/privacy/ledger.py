@@ -60,6 +60,12 @@ class Ledger:
         """client → ε spent, for every client that has spent something; equal histories are evaluated once."""
         return {client: self.epsilon(client, delta, accountant) for client in self}
 
+    def after(self, client: int, noise_multiplier: float, rate: float, steps: int) -> Ledger:
+        """The ledger of `client` alone, after `steps` more steps."""
+        planned = Ledger({client: self.history(client)})
+        planned.spend(client, noise_multiplier, rate, steps)
+        return planned
+
     def would_exceed(
         self,
         client: int,
@@ -74,8 +80,7 @@ class Ledger:
 
         RDP, which is quick for a (σ, q) seen before, settles most cases: what is far enough below it is below PRV too.
         """
-        planned = Ledger({client: self.history(client)})
-        planned.spend(client, noise_multiplier, rate, steps)
+        planned = self.after(client, noise_multiplier, rate, steps)
         if planned.epsilon(client, delta, "rdp") <= budget - 2 * accounting.PRV_ERROR:
             return False
         return planned.epsilon(client, delta, accountant) > budget
