@@ -90,11 +90,13 @@ def sends(state: RecordDict, job: ConfigRecord, begun: Start, own: Trained) -> d
         return {}
     if not job.get(messages.CHANGES):
         return _sent(job, own)
+    changed = _changed(job, begun, own)
     method, share = str(job[messages.ENCODES]), float(job[messages.SHARE])  # type: ignore[arg-type]
-    left = (
-        {} if job[messages.DRAWN] else _left(state, begun, str(job[messages.SENDS]))
-    )  # beside an A drawn anew it would mean nothing
-    encoded, left = compression.encode_with_feedback(_changed(job, begun, own), left, method, share)
+    if method == "none":  # it is the broadcast that is encoded
+        return changed
+    # Beside an A drawn anew it would mean nothing.
+    left = {} if job[messages.DRAWN] else _left(state, begun, str(job[messages.SENDS]))
+    encoded, left = compression.encode_with_feedback(changed, left, method, share)
     if left:
         state[LEFT], state[LEFT_AT] = messages.record(left), messages.pack(begun.adapters, {}, "A")
     return encoded

@@ -78,6 +78,11 @@ class AdapterConfig:
     layers: list[int] = setting([], "blocks to adapt, such as [-2,-1] for the last two; empty: all")
     train_head: bool | None = setting(None, "train the classification head too; none: only if the checkpoint has none")
 
+    @property
+    def unequal(self) -> bool:
+        """Whether clients may have ranks of their own."""
+        return self.ranks is not None or self.memory is not None
+
     def __post_init__(self) -> None:
         """Keys of shares are text, as they are in JSON."""
         self.ranks, self.memory = (

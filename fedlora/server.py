@@ -13,7 +13,6 @@ def make_strategy(config: Config) -> LoRAStrategy:
 
     Raises ConfigError for settings that do not go with it.
     """
-    unequal = config.adapter.ranks is not None or config.adapter.memory is not None
     strategy = strategies.make(
         **config.strategy,
         scale=config.adapter.alpha / config.adapter.rank,
@@ -27,7 +26,9 @@ def make_strategy(config: Config) -> LoRAStrategy:
         fraction_evaluate=1.0 if config.evaluate.holdout else 0.0,
         evaluate_every=config.evaluate.every,
         poisson=config.poisson,
-        ranks=[config.adapter.rank] * config.clients if unequal else None,  # known when the model is: see `initial_state`
+        ranks=[config.adapter.rank] * config.clients
+        if config.adapter.unequal
+        else None,  # known when the model is: see `initial_state`
         derive=True,
         encodes=(config.compression.down, config.compression.up, config.compression.top_k),
         round_timeout=config.round_timeout,

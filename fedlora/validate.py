@@ -82,7 +82,7 @@ def _check_ranks(config: Config) -> None:
                 raise ConfigError(f"{name} has {value}, which is no {'rank' if name == 'adapter.ranks' else 'size in MB'}")
             if name == "adapter.ranks" and number > adapter.rank:
                 raise ConfigError(f"adapter.ranks has {value}, above adapter.rank={adapter.rank}; set adapter.rank={value}")
-    if (adapter.ranks or adapter.memory) is not None:
+    if adapter.unequal:
         for setting, bad in (
             ("privacy=user", config.privacy.name == "user"),
             ("server.mean", config.server.mean != "weighted"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
@@ -101,11 +101,9 @@ class Wire(FlowerFedAvg):
 
     def sends(self, round: int) -> str:
         """The factors that clients send in this round; R goes by its own name, among the dense arrays."""
-        return (
-            ""
-            if self.withholds
-            else "".join(factor for factor in "AB" if factor in self.trained(round) and factor not in self.personal)
-        )
+        if self.withholds:
+            return ""
+        return "".join(factor for factor in self.trained(round) if factor in "AB" and factor not in self.personal)
 
     def sent_down(self, state: ServerState, rank: int | None = None) -> dict[str, np.ndarray]:
         """The arrays that a client is sent, by name: of the state at its rank, all of it or what it cannot derive, encoded."""
@@ -176,36 +174,26 @@ class Wire(FlowerFedAvg):
         """See `Ask`."""
         assert self.report is not None and self._grid is not None
         nodes = {client: node for node, client in self._roll.client.items()}
+        # What is asked of several clients alike is one content, as a broadcast is.
+        asks = {
+            id(arrays): RecordDict({self.arrayrecord_key: messages.record(arrays), self.configrecord_key: self._job})
+            for arrays in contents.values()
+        }
         asked = [
             message
             for client, arrays in contents.items()
-            for message in self._construct_messages(
-                RecordDict({self.arrayrecord_key: messages.record(arrays), self.configrecord_key: self._job}),
-                [nodes[client]],
-                f"{MessageType.TRAIN}.{action}",
-            )
+            for message in self._construct_messages(asks[id(arrays)], [nodes[client]], f"{MessageType.TRAIN}.{action}")
         ]
         self.report.bytes_down += sum(messages.array_bytes(message.content) for message in asked)
-        replies = list(self._grid.send_and_receive(asked, timeout=self.round_timeout))
-        sent = [message.metadata for message in asked]
-        by_message = {m.message_id: self._roll.client[m.dst_node_id] for m in sent if m.message_id}
         answers: Contents = {}
-        for reply in replies:
-            client = self._author(reply, by_message)
-            if client is None or client not in contents:
-                continue
-            if reply.has_error():
-                self.report.drops[client] = error_of(reply)
-                continue
-            self.report.bytes_up += messages.array_bytes(reply.content)
-            record = next(iter(reply.content.array_records.values()), None)
+        replies = self._grid.send_and_receive(asked, timeout=self.round_timeout)
+        for client, content in self._contents(replies, asked, answers):
+            record = next(iter(content.array_records.values()), None)
             if record is not None:
                 arrays = messages.arrays_of(record)
-                wrong = [name for name, shape in (shapes or {}).items() if not fits(arrays.get(name), shape)]
-                if wrong:
-                    self.report.drops[client] = (
-                        f"{wrong[0]} in its answer to {action} is missing, not finite or of another shape"
-                    )
+                if wrong := [name for name, shape in (shapes or {}).items() if not fits(arrays.get(name), shape)]:
+                    what = f"{wrong[0]} in its answer to {action}"
+                    self.report.drops[client] = f"{what} is missing, not finite or of another shape"
                 else:
                     answers[client] = arrays
         for client in contents:
@@ -213,10 +201,30 @@ class Wire(FlowerFedAvg):
                 self.report.drops.setdefault(client, f"no answer to {action} in time")
         return dict(sorted(answers.items()))
 
-    def _author(self, reply: Message, by_message: dict[str, int]) -> int | None:
-        """Whose reply this is; where a node was killed the SuperLink answers for it, so the source is the last resort."""
-        about = reply.metadata
-        return by_message.get(about.reply_to_message_id) if by_message else self._roll.client.get(about.src_node_id)
+    def _contents(
+        self, replies: Iterable[Message], sent: list[Message], taken: Container[int]
+    ) -> Iterator[tuple[int, RecordDict]]:
+        """Client and content of the replies to what was `sent`, as they come, their bytes counted; errors are named as drops.
+
+        A client that is `taken` by then has given its reply. Where a node was killed the SuperLink answers for it, so the
+        source of a reply says whose it is only on grids that give messages no ids.
+        """
+        assert self.report is not None
+        author = {message.metadata.dst_node_id: self._roll.client[message.metadata.dst_node_id] for message in sent}
+        asked, by_message = set(author.values()), None
+        for reply in replies:
+            if by_message is None:  # a grid gives messages their ids when they leave, which may be as late as now
+                ids = ((message.metadata.message_id, message.metadata.dst_node_id) for message in sent)
+                by_message = {number: author[node] for number, node in ids if number}
+            source = reply.metadata
+            client = by_message.get(source.reply_to_message_id) if by_message else self._roll.client.get(source.src_node_id)
+            if client is None or client not in asked or client in taken:
+                continue  # not a reply to these
+            if reply.has_error():
+                self.report.drops[client] = error_of(reply)
+                continue
+            self.report.bytes_up += messages.array_bytes(reply.content)
+            yield client, reply.content
 
     @property
     def _changes(self) -> bool:
@@ -242,28 +250,20 @@ class Wire(FlowerFedAvg):
         as one update, and of each client only what it measured.
         """
         assert self.state is not None and self.report is not None
-        sent = [m.metadata for m in self._sent]
-        by_message = {m.message_id: self._roll.client[m.dst_node_id] for m in sent if m.message_id}  # some grids set none
+        ranks = {self._roll.client[m.metadata.dst_node_id]: self._rank(m.metadata.dst_node_id) for m in self._sent}
+        at = {rank: at_rank(self.state, rank) for rank in set(ranks.values())}
         sends = self.sends(server_round)
-        at = {rank: at_rank(self.state, rank) for rank in {self._rank(m.dst_node_id) for m in sent}}
-        given = {self._roll.client[m.dst_node_id]: at[self._rank(m.dst_node_id)] for m in sent}
-        total = Sum(sends) if self.streams and len(given) >= MANY else None
+        total = Sum(sends) if self.streams and len(ranks) >= MANY else None
         updates: dict[int, Update] = {}
         expected = None if self.silent else sends
-        for reply in replies:
-            client = self._author(reply, by_message)
-            if client is None or client not in given or client in updates:
-                continue  # not a reply to this round
-            if reply.has_error():
-                self.report.drops[client] = error_of(reply)
-                continue
-            self.report.bytes_up += messages.array_bytes(reply.content)
+        for client, content in self._contents(replies, self._sent, updates):
+            given = at[ranks[client]]
             try:
-                update = read_update(client, reply.content, given[client], self.weighted_by_key, expected, self._changes)
+                update = read_update(client, content, given, self.weighted_by_key, expected, self._changes)
             except ValueError as reason:
                 self.report.drops[client] = str(reason)
                 continue
-            update = in_scale(update, given[client].scale, self.state, self.unequal == "padded")
+            update = in_scale(update, given.scale, self.state, self.unequal == "padded")
             if total is not None:
                 total.add(update)
                 update = replace(update, adapters={}, dense={})

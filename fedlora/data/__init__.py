@@ -86,8 +86,16 @@ def load(config: DatasetConfig, seed: int) -> Dataset:
     """
     check.one_of(names(), **{"dataset.name": config.name})
     dataset: Dataset = importlib.import_module(f"{__name__}.{config.name}").load(config, seed)
-    if config.classes:  # named, so that one device may have none of some, and its server no training data at all
-        return dataset
+    if not config.classes:  # named, so that one device may have none of some, and its server no training data at all
+        _check(config, dataset)
+    if config.domains:
+        from fedlora.data import domains
+
+        return domains.spread(dataset, config.domains)
+    return dataset
+
+
+def _check(config: DatasetConfig, dataset: Dataset) -> None:
     if not len(dataset.train):
         raise ConfigError(f"dataset={config.name} has no training examples; name data that has some")
     if not len(dataset.test) and config.test_fraction:
@@ -102,8 +110,3 @@ def load(config: DatasetConfig, seed: int) -> Dataset:
             f"dataset.label={config.label}: the class '{dataset.classes[unseen[0]]}' of the test set has no training "
             "example; add some or remove it from the test set"
         )
-    if config.domains:
-        from fedlora.data import domains
-
-        return domains.spread(dataset, config.domains)
-    return dataset
