@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients import asked, start
 from clients.start import Start, Trained
-from fedlora import messages
+from fedlora import messages, sums
 
 if TYPE_CHECKING:
     from clients.task import Task
@@ -68,6 +68,15 @@ class CohortApp(ClientApp):
             _reply(message, context, starts[place], member.task, trained[place], a_step * member.task.steps, len(batch))
             for place, ((message, context), member) in enumerate(zip(batch, members, strict=True))
         ]
+
+    def adds(self, message: Message) -> bool:
+        """Whether replies to such messages may be added up before they are sent on."""
+        training = message.metadata.message_type == MessageType.TRAIN
+        return training and bool(message.content.config_records[messages.CONFIG].get(messages.ADDS))
+
+    def added(self, replies: list[Message]) -> list[Message]:
+        """The replies, one sum in the place of what they hold; see `fedlora.sums`."""
+        return sums.added(replies)
 
 
 app = CohortApp()

@@ -19,23 +19,26 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 
 from fedlora.lowrank import Adapters, Pair
 
 ARRAYS, METRICS, CONFIG = "arrays", "metrics", "config"  # the records of a message
+SUM = "sum"  # the record of a reply whose arrays were added to those of others; see fedlora.sums
 EXAMPLES, CLIENT = "num-examples", "client"  # keys of the metrics
 ROUND, TRAINS, EXPERIMENT = "server-round", "trains", "experiment"  # keys of the config
 # Keys of the config that say what travels: the factors that a client sends, with its head; those that stay, with its head;
 # whether it remembers all that it trained, and whether it sends nothing of it; how it encodes what it changed.
 SENDS, PERSONAL, KEEPS, SILENT = "sends", "personal", "keeps", "silent"
 ENCODES, SHARE, CHANGES = "encodes", "share", "changes"
+ADDS = "adds"  # whether replies may be added up on their way
 INIT, DRAWN, RANK = "init", "drawn", "rank"  # and how A began, in which round it was drawn, this client's rank
 NOISE = "noise-multipliers"  # key of the config, with record-level privacy: σ of every client, by its number
 
+Record = TypeVar("Record", ArrayRecord, MetricRecord)
 Named = dict[tuple[str, str], np.ndarray]  # (layer, "A" or "B"), or (name, "") for a dense array
 Factors = dict[str, dict[str, np.ndarray]]  # layer name → {"A": …, "B": …}, either of which may be absent
 
@@ -86,7 +89,10 @@ def named(
 
 def record(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
     """The arrays as Flower sends them, in their order."""
-    return ArrayRecord({name: _to_wire(array) for name, array in arrays.items()})
+    made = ArrayRecord()
+    for name, array in arrays.items():  # one by one, since the record would make a copy of every Array of a dictionary
+        made[name] = _to_wire(array)
+    return made
 
 
 def pack(
@@ -197,9 +203,19 @@ def digest(arrays: Mapping[str, np.ndarray], text: str = "") -> str:
     return found.hexdigest()
 
 
+def first(content: RecordDict, kind: type[Record]) -> Record | None:
+    """The first record of a kind, whatever its name; `content.array_records` would make a dictionary of all of them."""
+    return next((record for record in content.values() if isinstance(record, kind)), None)
+
+
 def array_bytes(content: RecordDict) -> int:
     """Bytes of all arrays of a message as they are sent: numpy's serialisation with its 128-byte header an array."""
-    return sum(len(array.data) for record in content.array_records.values() for array in record.values())
+    return sum(record_bytes(record) for record in content.values() if isinstance(record, ArrayRecord))
+
+
+def record_bytes(record: ArrayRecord) -> int:
+    """Bytes of the arrays of a record, as `array_bytes` counts them."""
+    return sum(len(array.data) for array in record.values())
 
 
 def _to_wire(array: np.ndarray) -> Array:

@@ -23,9 +23,10 @@ from fedlora.lowrank import Adapters
 from fedlora.messages import ServerState, Update
 from fedlora.participation import draw_cohort
 from strategies.metrics import client_metrics, geometry, signal_to_noise
+from strategies.report import RoundReport
 from strategies.rollcall import RollCall
 from strategies.updates import average_dense
-from strategies.wire import Ask, RoundReport, SumOf, Wire, whole
+from strategies.wire import Ask, SumOf, Wire, whole
 
 __all__ = ["FlowerFedAvg", "LoRAStrategy", "RoundReport"]
 

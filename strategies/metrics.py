@@ -11,7 +11,7 @@ from fedlora.lowrank import Adapters
 from fedlora.messages import ServerState, Update
 from strategies.updates import MANY, shares
 
-COMPARED = 32  # clients whose row spaces are compared, pair by pair
+COMPARED = 12  # clients whose row spaces are compared, pair by pair
 
 
 def client_metrics(updates: list[Update]) -> dict[str, float]:
@@ -77,7 +77,8 @@ def geometry(
             missed.append(lowrank.norm(lowrank.bias([lowrank.pad(pair, rank) for pair in pairs], p)))
             error.append(lowrank.norm(lowrank.subtract(exact, ended[name])))
             alike = all(pair.A is pairs[0].A for pair in pairs)
-            rows = [pair.A[: min(q.rank for q in pairs)] for pair in pairs[:COMPARED]]
+            lowest = min(pair.rank for pair in pairs)
+            rows = [pair.A[:lowest] for pair in pairs[:COMPARED]]
             if rank <= before.adapters[name].rank:  # not of FedASK's projections, whose rows outnumber their directions
                 angles.append(0.0 if alike else lowrank.principal_angle(rows))
         values = after.scale * lowrank.spectrum(lowrank.subtract(ended[name], began[name]))

@@ -6,11 +6,12 @@ from collections.abc import Container, Mapping
 from dataclasses import replace
 
 import numpy as np
-from flwr.app import RecordDict
+from flwr.app import ArrayRecord, MetricRecord, RecordDict
 
 from fedlora import compression, lowrank, messages
 from fedlora.lowrank import Pair
 from fedlora.messages import ServerState, Update
+from fedlora.sums import Sum
 
 MANY = 256  # clients in a cohort from which what grows with their number is left out, and a mean is summed as they come
 
@@ -55,8 +56,7 @@ def read_update(
     are what it changed, to be added to those of `state`.
     Raises ValueError for another shape, a missing or unknown array, NaN or infinity, or examples that cannot be counted.
     """
-    arrays = next(iter(content.array_records.values()), None)
-    metrics = next(iter(content.metric_records.values()), None)
+    arrays, metrics = messages.first(content, ArrayRecord), messages.first(content, MetricRecord)
     if arrays is None or metrics is None or weight_key not in metrics:
         raise ValueError(f"the reply lacks its arrays or its {weight_key}")
     adapters, dense = state.adapters, state.dense
@@ -85,31 +85,11 @@ def _added(start: Pair, pair: Pair, changed: Container[str]) -> Pair:
     return Pair(*(own + new if f in changed else own for f, own, new in zip(Pair._fields, start, pair, strict=True)))
 
 
-class Sum:
-    """Σ n_k X_k over updates as they come, each let go when it is added; the same bits in any order but for a tie in rounding.
-
-    Two float64 a coordinate (Knuth's two-sum) carry what a float64 alone would round away, in an order that clients decide.
-    """
-
-    def __init__(self, trains: str) -> None:
-        self.trains, self.examples = trains, 0
-        self._high: messages.Named = {}
-        self._low: messages.Named = {}
-
-    def add(self, update: Update) -> None:
-        """Add an update; all must have the same arrays."""
-        self.examples += update.examples
-        for key, array in messages.trained_arrays(update.adapters, update.dense, self.trains).items():
-            x, high = update.examples * array, self._high.get(key, 0.0)
-            total = high + x
-            part = total - high
-            self._low[key] = self._low.get(key, 0.0) + ((high - (total - part)) + (x - part))
-            self._high[key] = total
-
-    def mean(self, state: ServerState) -> Update:
-        """The average, weighted by examples, as one update in the dtypes of the state."""
-        means = {key: (high + self._low[key]) / self.examples for key, high in self._high.items()}
-        return messages.update_of(state, means, self.examples)
+def mean_of(total: Sum, state: ServerState) -> Update:
+    """The average of what was added up, as one update of no client's own, in the dtypes of the state."""
+    factors, dense, _ = messages.sort(total.mean())
+    adapters = messages.complete(factors, state.adapters) if factors else state.adapters
+    return Update(-1, total.examples, adapters, messages.complete_dense(dense, state.dense))
 
 
 def average_dense(updates: list[Update]) -> dict[str, np.ndarray]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, ClassVar, Protocol
+from dataclasses import replace
+from typing import ClassVar, Protocol
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
@@ -14,8 +14,10 @@ from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from fedlora import compression, lowrank, messages
 from fedlora.lowrank import Adapters, Pair
 from fedlora.messages import ServerState, Update
+from fedlora.sums import Sum
+from strategies.report import RoundReport
 from strategies.rollcall import RollCall
-from strategies.updates import MANY, Sum, at_rank, in_scale, read_update
+from strategies.updates import MANY, at_rank, in_scale, mean_of, read_update
 
 Contents = dict[int, dict[str, np.ndarray]]  # client → arrays by name
 Shapes = dict[str, tuple[int, ...]]  # of arrays by name
@@ -32,28 +34,6 @@ class Ask(Protocol):
 
 
 SumOf = Callable[[ServerState, list[Update], str, Ask], list[Update]]
-
-
-@dataclass
-class RoundReport:
-    """What happened in one round, as the server saw it."""
-
-    round: int
-    cohort: list[int]  # clients drawn
-    drops: dict[int, str] = field(default_factory=dict)  # client → why its update was not used
-    bytes_up: int = 0
-    bytes_down: int = 0
-    seconds_train: float = 0.0  # from handing the messages to the grid to having the replies
-    seconds_merge: float = 0.0
-    metrics: dict[str, float] = field(default_factory=dict)
-    client_accuracy: dict[int, float] = field(default_factory=dict)  # of the clients that tested the model in this round
-    sent_at: float = 0.0  # time.perf_counter() when the messages were handed to the grid
-
-    def as_row(self, started: float) -> dict[str, Any]:
-        """The round as a line of rounds.jsonl; `started` is the run's own time.perf_counter()."""
-        row = {name: value for name, value in asdict(self).items() if name != "client_accuracy" or value}
-        metrics, sent_at = row.pop("metrics"), row.pop("sent_at")
-        return row | metrics | {"started": sent_at - started}
 
 
 class Wire(FlowerFedAvg):
@@ -88,6 +68,7 @@ class Wire(FlowerFedAvg):
     _roll: RollCall
     _sent: list[Message]
     _job: ConfigRecord  # of the newest round
+    _bytes_alone: int  # that a client of it sends, where replies may be added up
     _grid: Grid | None
 
     @property
@@ -159,7 +140,9 @@ class Wire(FlowerFedAvg):
         config[messages.DRAWN] = (server_round if evaluating else server_round - 1) if self.redraws else 0
         config[messages.ENCODES], config[messages.SHARE], config[messages.CHANGES] = *self.encodes[1:], self._changes
         config[messages.KEEPS], config[messages.SILENT] = self.withholds or self.silent, self.silent
+        config[messages.ADDS] = adds = not evaluating and len(nodes) >= MANY and self._adds
         self._job = config
+        self._bytes_alone = messages.record_bytes(messages.record(self.sent_up(self.state, server_round))) if adds else 0
         made: list[Message] = []
         for rank in sorted({self._rank(node) for node in nodes}):
             job = ConfigRecord(dict(config) | {messages.RANK: rank})
@@ -188,7 +171,7 @@ class Wire(FlowerFedAvg):
         answers: Contents = {}
         replies = self._grid.send_and_receive(asked, timeout=self.round_timeout)
         for client, content in self._contents(replies, asked, answers):
-            record = next(iter(content.array_records.values()), None)
+            record = messages.first(content, ArrayRecord)
             if record is not None:
                 arrays = messages.arrays_of(record)
                 if wrong := [name for name, shape in (shapes or {}).items() if not fits(arrays.get(name), shape)]:
@@ -223,8 +206,17 @@ class Wire(FlowerFedAvg):
             if reply.has_error():
                 self.report.drops[client] = error_of(reply)
                 continue
-            self.report.bytes_up += messages.array_bytes(reply.content)
+            if messages.SUM in reply.content:  # its arrays have as many bytes as those of anybody in this round
+                self.report.bytes_up += self._bytes_alone
+            else:
+                self.report.bytes_up += messages.array_bytes(reply.content)
             yield client, reply.content
+
+    @property
+    def _adds(self) -> bool:
+        """Whether updates may be added up on their way: our clients' own, where all send the same arrays as they are."""
+        alike = self.ranks is None and not self._changes and self.weighted_by_key == messages.EXAMPLES
+        return self.derive and self.streams and alike
 
     @property
     def _changes(self) -> bool:
@@ -253,19 +245,22 @@ class Wire(FlowerFedAvg):
         ranks = {self._roll.client[m.metadata.dst_node_id]: self._rank(m.metadata.dst_node_id) for m in self._sent}
         at = {rank: at_rank(self.state, rank) for rank in set(ranks.values())}
         sends = self.sends(server_round)
-        total = Sum(sends) if self.streams and len(ranks) >= MANY else None
+        total = Sum() if self.streams and len(ranks) >= MANY else None
         updates: dict[int, Update] = {}
-        expected = None if self.silent else sends
         for client, content in self._contents(replies, self._sent, updates):
-            given = at[ranks[client]]
+            given, added = at[ranks[client]], messages.SUM in content
             try:
+                expected = None if self.silent or added else sends
                 update = read_update(client, content, given, self.weighted_by_key, expected, self._changes)
             except ValueError as reason:
                 self.report.drops[client] = str(reason)
                 continue
             update = in_scale(update, given.scale, self.state, self.unequal == "padded")
             if total is not None:
-                total.add(update)
+                if added:
+                    total.join(content.array_records[messages.SUM], update.examples)
+                else:
+                    total.add(messages.named(update.adapters, update.dense, sends), update.examples)
                 update = replace(update, adapters={}, dense={})
             updates[client] = update
         for client in self.report.cohort:
@@ -274,7 +269,7 @@ class Wire(FlowerFedAvg):
         self.report.drops = dict(sorted(self.report.drops.items()))  # replies come in any order
         self._sent = []
         in_order = [updates[client] for client in sorted(updates)]
-        return in_order, in_order if total is None else [total.mean(self.state)] if in_order else []
+        return in_order, in_order if total is None else [mean_of(total, self.state)] if in_order else []
 
 
 def whole(state: ServerState) -> tuple[Adapters, dict[str, np.ndarray], str, Adapters]:

@@ -23,6 +23,7 @@ ALLOWED = {
     "fedlora.secure": {"fedlora.check"},
     "fedlora.sketch": {"fedlora.lowrank", "fedlora.seeds"},
     "fedlora.messages": {"fedlora.lowrank"},
+    "fedlora.sums": {"fedlora.messages"},
     "fedlora.participation": {"fedlora.seeds"},
     "fedlora.validate": {"fedlora.check", "fedlora.data", "fedlora.models"},
     "fedlora.config": {"fedlora.check", "fedlora.validate"},
@@ -75,6 +76,7 @@ ALLOWED = {
         "fedlora.secure",
         "fedlora.seeds",
         "fedlora.sketch",
+        "fedlora.sums",
     },
     "clients": {
         "fedlora.cache",
@@ -89,6 +91,7 @@ ALLOWED = {
         "fedlora.secure",
         "fedlora.seeds",
         "fedlora.sketch",
+        "fedlora.sums",
         "fedlora.workbench",
     },
 }

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import ray
+from flwr.app import ConfigRecord, Message, RecordDict
 
 import strategies
-from fedlora import lowrank, messages
+from clients.app import app
+from fedlora import engines, lowrank, messages
+from fedlora.engines import pool
+from fedlora.engines import ray as on_ray
 from fedlora.lowrank import Pair
 from fedlora.messages import ServerState, Update
+from fedlora.sums import FEW, Sum, added
 from strategies import base, wire
-from strategies.updates import Sum, average_dense, shares
-from tests.test_rounds import StubGrid, honest, make, outside_of_flower, play  # noqa: F401
+from strategies.updates import average_dense, mean_of, shares
+from tests.test_engines import fit
+from tests.test_rounds import Client, StubGrid, honest, initial, make, outside_of_flower, play  # noqa: F401
 
 LINEAR = [name for name in strategies.names() if strategies.strategy_class(name).linear]
 
@@ -27,10 +34,13 @@ def test_a_sum_has_the_same_bits_in_any_order_and_those_of_the_mean() -> None:
     ]  # fmt: skip
     found, naive = set(), set()
     for seed in range(20):
-        total, order = Sum("B"), np.random.default_rng(seed).permutation(len(sent))
-        for k in order:
-            total.add(sent[k])
-        mean = total.mean(state)
+        total, order = Sum(), np.random.default_rng(seed).permutation(len(sent))
+        for part in np.split(order, [seed % 5, 9]):  # some added here, others brought as a sum
+            there = Sum()
+            for k in part:
+                (total if seed % 2 else there).add(messages.named(sent[k].adapters, sent[k].dense, "B"), sent[k].examples)
+            total.join(there.record(), there.examples)
+        mean = mean_of(total, state)
         found.add((mean.adapters["q"].B.tobytes(), mean.dense["h"].tobytes(), mean.examples))
         naive.add(sum(sent[k].examples * sent[k].dense["h"] for k in order).tobytes())
     assert len(found) == 1 < len(naive)  # a plain sum would show the order
@@ -71,3 +81,75 @@ def test_a_strategy_that_needs_every_client_keeps_them_all(monkeypatch) -> None:
     expected = play(make("lora_fair"), StubGrid(honest()))
     monkeypatch.undo()
     assert play(make("lora_fair"), StubGrid(honest())) == expected
+
+
+class Adding(StubGrid):
+    """Adds replies to training up in two units, as two workers would, where the server allows it."""
+
+    def send_and_receive(self, messages, *, timeout=None):
+        asked = list(messages)
+        replies = list(super().send_and_receive(asked, timeout=timeout))
+        if not asked or not app.adds(asked[0]):
+            return replies
+        return [reply for unit in (replies[:7], replies[7:]) for reply in app.added(unit)]
+
+
+def spoilt(number: int) -> Client:
+    """Clients of which one sends a number that is none."""
+
+    def client(k: int, message: Message) -> RecordDict | None:
+        reply = honest()(k, message)
+        if k == number and message.metadata.message_type == "train":
+            arrays = messages.arrays_of(reply["arrays"])
+            next(iter(arrays.values()))[0, 0] = np.nan
+            reply["arrays"] = messages.record(arrays)
+        return reply
+
+    return client
+
+
+def test_updates_that_are_added_up_on_their_way_change_nothing_and_a_spoilt_one_is_still_named(monkeypatch) -> None:
+    monkeypatch.setattr(wire, "MANY", 2)
+    ends, strategies_ = [], []
+    for grid in (StubGrid(spoilt(8), 14), Adding(spoilt(8), 14, shuffle=1), Adding(spoilt(8), 14, shuffle=2)):
+        strategies_.append(make("fedavg", derive=True, min_available_nodes=14))
+        ends.append(play(strategies_[-1], grid))
+    assert ends[0] == ends[1] == ends[2]
+    kept, *others = (strategy.report for strategy in strategies_)
+    for other in others:
+        assert other.drops == kept.drops == {8: "model.query.lora_A has NaN or infinite entries"}
+        assert other.metrics == kept.metrics
+        assert other.bytes_up == kept.bytes_up
+
+
+@pytest.mark.parametrize("settings", [{"derive": False}, {"encodes": ("none", "int8", 0.1)}, {"ranks": [1, 2] * 7}])
+def test_updates_that_do_not_add_up_are_not_added(settings, monkeypatch) -> None:
+    monkeypatch.setattr(wire, "MANY", 2)
+    grid = StubGrid(honest(), 14)
+    strategy = make("fedavg", **{"derive": True, "min_available_nodes": 14} | settings)
+    sent = strategy.configure_train(1, initial(), ConfigRecord(), grid)
+    assert not any(app.adds(message) for message in sent)
+
+
+def test_a_few_updates_are_smaller_than_their_sum_and_stay_what_they_are() -> None:
+    grid, strategy = StubGrid(honest(), FEW + 1), make("fedavg", min_available_nodes=FEW + 1)
+    replies = list(grid.send_and_receive(strategy.configure_train(1, initial(), ConfigRecord(), grid)))
+    assert all(messages.ARRAYS in reply.content for reply in added(replies[:FEW]))
+    assert all(messages.SUM in reply.content for reply in added(replies))
+
+
+def test_workers_that_add_up_give_the_bits_of_the_server_s_own_sum(small, monkeypatch) -> None:
+    config = small(clients=12, clients_per_round=12, train__steps=1, engine__cohort="2")
+    monkeypatch.setattr(wire, "MANY", 2)
+    monkeypatch.setattr(on_ray, "TURNS", 1)
+    inline = fit(config, chosen=["fedavg", "fedsvd"])
+    config.engine.name, config.engine.workers = "ray", 2
+    joined, join = [], Sum.join
+    monkeypatch.setattr(Sum, "join", lambda self, sum, examples: joined.append(len(sum)) or join(self, sum, examples))
+    pool.shutdown()
+    engine = engines.make(config)
+    warming = engine.starting.result().warming
+    ray.wait(list(warming), num_returns=len(warming))  # until then the driver plays
+    assert fit(config, chosen=["fedavg", "fedsvd"]) == inline
+    assert len(joined) == 2 * 2 * 12  # strategies, rounds, clients
+    assert 4 <= sum(map(bool, joined)) <= 8  # a sum or two a round

@@ -120,6 +120,11 @@ def carrying(message: Message, content: RecordDict) -> Message:
     return other
 
 
+def adds(app: Any, batch: list[Message]) -> bool:
+    """Whether the ClientApp may add up its replies to these messages (`added`)."""
+    return hasattr(app, "adds") and app.adds(batch[0])
+
+
 def play(
     app: Any, batch: list[Message], states: list[RecordDict | None], clients: int
 ) -> tuple[list[Message], list[RecordDict | None]]:

@@ -16,13 +16,13 @@ from flwr.app import Message, RecordDict
 from fedlora.check import ConfigError, RunError
 from fedlora.config import Config, EngineConfig
 from fedlora.engines import CLIENT_APP, cluster, load_app, resources
-from fedlora.engines.local import carrying, play
+from fedlora.engines.local import adds, carrying, play
 
 TICK = 1.0  # seconds between looks for nodes that have joined
 
 
 class Worker:
-    """A Ray actor: a process that plays one cohort at a time."""
+    """A Ray actor: a process that plays one cohort after another."""
 
     def __init__(self, app: str, driver: cluster.Driver) -> None:
         self.processor = driver.settle()
@@ -43,17 +43,22 @@ class Worker:
         return ray.get_runtime_context().get_node_id(), self.processor
 
     def play(
-        self, batch: list[Message], contents: list[Any], states: list[RecordDict | None], clients: int
+        self, cohorts: list[list[Message]], contents: list[list[Any]], states: list[list[RecordDict | None]], clients: int
     ) -> tuple[list[Message], list[RecordDict | None]]:
-        """The ClientApp's replies, and what each client keeps.
+        """The ClientApp's replies, added up if they may be, and what each client keeps.
 
         `contents` has a reference for each message; in a list, Ray does not take their values.
         """
         import ray
 
-        self.held = {key: self.held[key] if key in self.held else ray.get(key) for key in dict.fromkeys(contents)}
-        carried = [carrying(m, self.held[key]) for m, key in zip(batch, contents, strict=True)]
-        return play(self.app, carried, states, clients)
+        keys = dict.fromkeys(key for of_cohort in contents for key in of_cohort)
+        self.held = {key: self.held[key] if key in self.held else ray.get(key) for key in keys}
+        replies, kept = list[Message](), list[RecordDict | None]()
+        for batch, own, before in zip(cohorts, contents, states, strict=True):
+            carried = [carrying(message, self.held[key]) for message, key in zip(batch, own, strict=True)]
+            played, after = play(self.app, carried, before, clients)
+            replies, kept = replies + played, kept + after
+        return self.app.added(replies) if adds(self.app, carried) else replies, kept
 
 
 @dataclass(eq=False)

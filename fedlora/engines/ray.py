@@ -1,7 +1,8 @@
 """`engine=ray`: clients on Ray workers, each a process with one resident base model.
 
 A round's arrays go into the object store once, and each worker reads them from there once, however many clients it
-plays. A cohort goes to whichever worker is free; where none is up, the driver plays. A worker that dies is replaced and
+plays. A cohort goes to whichever worker is free; where none is up, the driver plays. Where updates may be added up on
+their way, a worker gets several cohorts at a time and sends back one sum. A worker that dies is replaced and
 its clients are run again; since a client is a function of its message, its data and its own random streams, the numbers
 do not change. With `engine.address` the workers are on the nodes of a cluster: those of a node that leaves are let go,
 and those of one that joins are taken on.
@@ -22,8 +23,12 @@ from flwr.serverapp import Grid
 
 from fedlora.config import Config
 from fedlora.engines import CLIENT_APP, OnReply, cohort
-from fedlora.engines.local import WORKER_LOST, LocalGrid, carrying
+from fedlora.engines.local import WORKER_LOST, LocalGrid, adds, carrying
 from fedlora.engines.pool import TICK, Pool, Seat, pool, start_ray
+
+TURNS = 8  # times in a round that each worker gets cohorts whose updates are added up: few sums, and no long wait at the end
+
+Unit = list[list[Message]]  # cohorts that a worker gets at a time
 
 
 class RayGrid(LocalGrid):
@@ -46,19 +51,29 @@ class RayGrid(LocalGrid):
         self.restarts = 0  # workers replaced so far
 
     def execute(self, messages: list[Message], timeout: float | None) -> Iterator[Message]:
-        """Every cohort on the next free worker.
+        """Every unit of cohorts on the next free worker.
 
         Where its worker died `retries` + 1 times its clients are played one by one, as often, to find out whose fault it is;
         that one gets an error reply.
         """
         deadline = time.monotonic() + timeout if timeout is not None else math.inf
-        waiting = deque((together, self.retries) for together in self.cohorts(messages))
+        waiting = deque((unit, self.retries) for unit in self._units(messages))
         references: dict[int, Any] = {}  # to the contents in the object store, by their id
         while waiting and time.monotonic() <= deadline:
             if self._up() or not self._may_play():
                 yield from self._on_workers(self.starting.result(), waiting, references, deadline)
             else:
-                yield from self.play(waiting.popleft()[0])
+                (together, *others), retries = waiting.popleft()
+                if others:
+                    waiting.appendleft((others, retries))
+                yield from self.play(together)
+
+    def _units(self, messages: list[Message]) -> list[Unit]:
+        """What goes to a worker at a time: a cohort, or several where their updates are added up there."""
+        cohorts, size = self.cohorts(messages), 1
+        if cohorts and adds(self.app, cohorts[0]):
+            size = max(1, len(cohorts) // (TURNS * (self.starting.result().size if self.starting.done() else 1)))
+        return [cohorts[start : start + size] for start in range(0, len(cohorts), size)]
 
     def _up(self) -> bool:
         """Whether a worker is free."""
@@ -71,25 +86,25 @@ class RayGrid(LocalGrid):
         return self.ours and not self.restarts
 
     def _on_workers(
-        self, pool: Pool, waiting: deque[tuple[list[Message], int]], references: dict[int, Any], deadline: float
+        self, pool: Pool, waiting: deque[tuple[Unit, int]], references: dict[int, Any], deadline: float
     ) -> Iterator[Message]:
         """Until all are done, time is up, or no worker is left and the rest may be played here."""
         import ray
 
         # Messages of a round share one content object: each distinct one is stored once.
-        for message in (message for together, _ in waiting for message in together):
+        for message in (message for unit, _ in waiting for together in unit for message in together):
             if id(message.content) not in references:
                 references[id(message.content)] = ray.put(message.content)
-        running: dict[Any, tuple[Seat, list[Message], int]] = {}
+        running: dict[Any, tuple[Seat, Unit, int]] = {}
         try:
             while waiting or running:
                 pool.admit()
                 while waiting and pool.idle:
-                    seat, (together, retries) = pool.idle.popleft(), waiting.popleft()
-                    envelopes = [carrying(message, RecordDict()) for message in together]
-                    contents = [references[id(message.content)] for message in together]
-                    reference = seat.worker.play.remote(envelopes, contents, self.states_of(together), self.clients)
-                    running[reference] = (seat, together, retries)
+                    seat, (unit, retries) = pool.idle.popleft(), waiting.popleft()
+                    envelopes = [[carrying(message, RecordDict()) for message in together] for together in unit]
+                    contents = [[references[id(message.content)] for message in together] for together in unit]
+                    states = [self.states_of(together) for together in unit]
+                    running[seat.worker.play.remote(envelopes, contents, states, self.clients)] = (seat, unit, retries)
                 if waiting and not running and self._may_play():
                     return
                 done = self._wait(pool, [*running, *(pool.warming if waiting else ())], deadline)
@@ -97,7 +112,7 @@ class RayGrid(LocalGrid):
                     return  # those still running give no reply
                 if not done or done[0] in pool.warming:
                     continue
-                seat, together, retries = running.pop(done[0])
+                seat, unit, retries = running.pop(done[0])
                 try:
                     replies = self.remember(*ray.get(done[0]))
                     pool.idle.append(seat)
@@ -106,17 +121,18 @@ class RayGrid(LocalGrid):
                     lost = pool.lost(seat, error)
                     pool.replace(seat, node_lost=lost)
                     if lost:
-                        waiting.appendleft((together, retries))
+                        waiting.appendleft((unit, retries))
                         continue
                     self.restarts += 1
+                    alone = [message for together in unit for message in together]
                     if retries:
-                        waiting.appendleft((together, retries - 1))
-                    elif len(together) > 1:
-                        waiting.extendleft(([message], self.retries) for message in reversed(together))
+                        waiting.appendleft((unit, retries - 1))
+                    elif len(alone) > 1:
+                        waiting.extendleft(([[message]], self.retries) for message in reversed(alone))
                     else:
                         times = self.retries + 1
                         reason = f"its worker died {times} time{'s'[: times - 1]} (out of memory?)"
-                        yield Message(Error(WORKER_LOST, reason), reply_to=together[0])
+                        yield Message(Error(WORKER_LOST, reason), reply_to=alone[0])
         finally:  # also when the run is stopped in mid-round: a busy worker is of no use to the next one
             for seat, _, _ in running.values():
                 pool.replace(seat)
