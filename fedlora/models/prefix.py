@@ -37,7 +37,7 @@ class Prefix:
 
     def __init__(self, model: AdaptedModel) -> None:
         self.model = model
-        self.blocks, self.first = _blocks(model)
+        self.blocks, self.first = blocks(model)
         self.refusal = ""
         if model.base_dropout:
             self.refusal = "model.dropout=true makes something else of an example every time"
@@ -164,7 +164,7 @@ def _pass(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return hidden_states
 
 
-def _blocks(model: AdaptedModel) -> tuple[nn.ModuleList, int]:
+def blocks(model: AdaptedModel) -> tuple[nn.ModuleList, int]:
     """The list of blocks that the adapters are in, and the first with one; an empty list and 0 where they are elsewhere."""
     names = [re.fullmatch(r"(.*?)\.(\d+)\.(.*)", layer) for layer in model.layers]
     lists = {match[1] for match in names if match}

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fedlora.messages import rotation
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.encode import Encoded
+from fedlora.models.readout import Readout
 
 Key = tuple[str, str]  # (layer, "A" or "B"), or (name of a dense array, "")
 
@@ -43,6 +44,7 @@ class Rows:
         self.spans: Sequence[Span] = ()
         self._dropouts: list[nn.Module] = []
         self._forwards: dict[nn.Module, Callable[..., Tensor]] = {}
+        self.readout = Readout(model, examples)
         self.refusal = self._prepare() or self._try(examples)
 
     def _prepare(self) -> str:
@@ -89,7 +91,8 @@ class Rows:
         for module, forward in self._forwards.items():
             module.forward = forward
         try:
-            yield self
+            with self.readout.installed():
+                yield self
         finally:
             for module in self._forwards:
                 del module.forward
@@ -105,7 +108,7 @@ class Rows:
 
     def logits(self, batch: dict[str, Tensor]) -> Tensor:
         """The logits (N, classes) of a batch, its labels left aside, float32."""
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        self.readout.batch = inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         logits: Tensor = self.model.forward(inputs).logits
         return logits.float()
 
