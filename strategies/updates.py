@@ -71,9 +71,9 @@ def read_update(
         for layer, sent in sorted(factors.items()):
             if lacking := set(sends) - set(sent):
                 raise ValueError(f"{layer}.lora_{min(lacking)} is missing")
-    for name, array in messages.named(adapters, dense).items():
-        if not np.isfinite(array).all():
-            raise ValueError(f"{name.removesuffix('.weight')} has NaN or infinite entries")
+        for name, array in messages.named(adapters, dense).items():
+            if not np.isfinite(array).all():
+                raise ValueError(f"{name.removesuffix('.weight')} has NaN or infinite entries")
     examples = metrics[weight_key]
     if isinstance(examples, list) or not (examples >= 1 and float(examples).is_integer()):
         raise ValueError(f"{weight_key} is {examples}")
