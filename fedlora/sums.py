@@ -27,7 +27,7 @@ class Sum:
     def add(self, arrays: Mapping[str, np.ndarray], examples: int) -> None:
         """Add the arrays that a client with so many examples sent; all must send the same ones."""
         for name, array in arrays.items():
-            self._take(name, examples * array.astype(np.float64), 0.0)
+            self._take(name, np.multiply(array, examples, dtype=np.float64), 0.0)
         self.examples += examples
 
     def join(self, sum: ArrayRecord, examples: int) -> None:
@@ -47,10 +47,16 @@ class Sum:
         return {name: (high + self._low[name]) / self.examples for name, high in self._high.items()}
 
     def _take(self, name: str, x: np.ndarray, low: np.ndarray | float) -> None:
-        high = self._high.get(name, 0.0)
+        """Adds x + low, into the memory of x and of the sum so far: new pages would cost more than the additions."""
+        if name not in self._high:
+            self._high[name], self._low[name] = np.zeros(x.shape), np.zeros(x.shape)
+        high, lows = self._high[name], self._low[name]
         total = high + x
         part = total - high
-        self._low[name] = self._low.get(name, 0.0) + ((high - (total - part)) + (x - part)) + low
+        x -= part  # what the total has lost of x,
+        high -= np.subtract(total, part, out=part)  # and of what there was
+        lows += np.add(high, x, out=x)
+        lows += low
         self._high[name] = total
 
 
