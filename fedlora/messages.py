@@ -35,6 +35,7 @@ SENDS, PERSONAL, KEEPS, SILENT = "sends", "personal", "keeps", "silent"
 ENCODES, SHARE, CHANGES = "encodes", "share", "changes"
 INIT, DRAWN, RANK = "init", "drawn", "rank"  # and how A began, in which round it was drawn, this client's rank
 NOISE = "noise-multipliers"  # key of the config, with record-level privacy: σ of every client, by its number
+BASE = "base"  # key of the config, for real devices: digest of the frozen weights that the adapters are made for
 
 Named = dict[tuple[str, str], np.ndarray]  # (layer, "A" or "B"), or (name, "") for a dense array
 Factors = dict[str, dict[str, np.ndarray]]  # layer name → {"A": …, "B": …}, either of which may be absent
