@@ -161,21 +161,22 @@ def _run(cells: list[Config]) -> int:
 
 
 def _deploy(cells: list[Config], project: Path) -> int:
-    """Run the cells on real devices, one after another; the first that fails ends it, since its devices may be gone."""
+    """Run, or plan, the cells on real devices, one after another; one that fails ends it, since its devices may be gone."""
     from fedlora import terminal
     from fedlora.deploy import launch
 
-    if any(cell.plan for cell in cells):
-        raise ConfigError(f"plan=true does not go with deploy={cells[0].deploy}: what devices have is known to them alone")
     _quiet()
     done = []
     for cell in cells:
+        if cell.plan:
+            launch.plan(cell, project)
+            continue
         summary = launch.run(cell, project)
+        terminal.conclude(cell, summary)
         if summary["status"] == "interrupted":
             return 130
-        terminal.conclude(cell, summary)
         done.append((cell, summary))
-    if len(cells) > 1:
+    if len(done) > 1:
         _tabulate(done)
     return 0
 
@@ -197,20 +198,10 @@ def _tabulate(done: list[tuple[Config, dict[str, Any]]]) -> None:
 def _plan(cells: list[Config]) -> int:
     """Print what each cell would come to, and train nothing; of a long sweep only the table of all its cells."""
     from fedlora import cells as work
-    from fedlora import experiment, plan, records, terminal, workbench
+    from fedlora import experiment
 
     _quiet()
-    estimates, noise = [], []
-    for cell in cells:
-        bench, strategy = workbench.build(cell), experiment.make_strategy(cell)
-        state = experiment.initial_state(bench, strategy)
-        guard, estimate = plan.guard(bench), plan.estimate(bench, strategy, state)
-        estimates.append(estimate)
-        noise.append("–" if guard is None else " = ".join(guard.derivation()[:2]))
-        if len(cells) <= DETAILED:
-            terminal.announce(cell, [])
-            rows = plan.derive(bench, strategy, state, guard) + plan.expense(bench, strategy, state, estimate)
-            terminal.table(cell.name or records.run_name(cell), ["", "", "because"], [list(row) for row in rows])
+    estimates, noise = zip(*[experiment.foretell(cell, show=len(cells) <= DETAILED) for cell in cells], strict=True)
     if len(cells) > 1:
         work.show_plan(cells, estimates, noise)
     return 0

@@ -193,7 +193,7 @@ class Config:
     round_timeout: float = setting(3600.0, "seconds to wait for a round's clients")
     deploy: str | None = setting(None, "name of the connection to a SuperLink, whose devices are the clients; none: simulate")
     min_online: int | None = setting(None, "deploy: devices that a round waits for; none: all clients")
-    patience: float = setting(600.0, "deploy: seconds that a round waits for them")
+    patience: float = setting(600.0, "deploy: seconds that a round waits for them, and that a SuperLink out of reach is tried")
     device: str = setting("auto", "auto, cpu or cuda: what clients and the evaluation compute on")
     threads: int = setting(1, "torch threads a process; part of the numbers, since it orders sums")
     aggregation: str = setting("plain", "plain, or secure: the server learns sums of updates only (linear strategies)")

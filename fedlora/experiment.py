@@ -18,7 +18,7 @@ from fedlora.config import Config
 from fedlora.evaluate import evaluate
 from fedlora.interrupt import CtrlC
 from fedlora.messages import ServerState
-from fedlora.records import ADAPTER, CHECKPOINTS, CURVES, MERGED, PRIVACY, ROUNDS, Recorder
+from fedlora.records import ADAPTER, CHECKPOINTS, CURVES, MERGED, PRIVACY, ROUNDS, Recorder, run_name
 from fedlora.server import make_strategy
 from fedlora.workbench import Workbench
 from strategies import LoRAStrategy
@@ -30,12 +30,13 @@ def run(
     app: str = engines.CLIENT_APP,
     engine_name: str | None = None,
     engine: engines.Engine | None = None,
+    strategy: LoRAStrategy | None = None,
 ) -> dict[str, Any]:
     """Run the experiment and return its summary, which is also in the results folder.
 
     `started` is the `time.perf_counter()` from which seconds count; `engine_name` runs it on another engine than the one of
-    its settings, which the folder keeps; `engine` is one that exists already. A run that has finished before is not run
-    again, one that was broken off goes on.
+    its settings, which the folder keeps; `engine` and `strategy` are such that exist already. A run that has finished before
+    is not run again, one that was broken off goes on.
     Raises ConfigError before any training, and RunError where the run cannot go on; Ctrl-C ends it with what there is.
     """
     recorder = Recorder(config)
@@ -48,7 +49,7 @@ def run(
     if last:
         recorder.refuse_others(last.settings)
         terminal.say(f"{recorder.folder} was broken off; it goes on after round {last.round} of {config.rounds}")
-    strategy = make_strategy(config)
+    strategy = strategy or make_strategy(config)
     shown = terminal.Rounds(config)
     placed = replace(config, engine=replace(config.engine, name=engine_name or config.engine.name))
     engine = engine or engines.make(placed, app, lambda count: shown.replied(strategy.report, count))
@@ -66,6 +67,18 @@ def run(
     finally:
         engine.close()
     return conclude(bench, course.state, recorder, outcome | {"resumed": checkpoints.resumed, "notes": list(notes.values())})
+
+
+def foretell(config: Config, strategy: LoRAStrategy | None = None, show: bool = True) -> tuple[plan.Estimate, str]:
+    """What the run would come to, and its σ and ε, or a dash; printed where it is to be shown. Nothing is trained."""
+    bench, strategy = workbench.build(config), strategy or make_strategy(config)
+    state = initial_state(bench, strategy)
+    guard, estimate = plan.guard(bench), plan.estimate(bench, strategy, state)
+    if show:
+        terminal.announce(config, [])
+        rows = plan.derive(bench, strategy, state, guard) + plan.expense(bench, strategy, state, estimate)
+        terminal.table(config.name or run_name(config), ["", "", "because"], [list(row) for row in rows])
+    return estimate, "–" if guard is None else " = ".join(guard.derivation()[:2])
 
 
 class Course:
@@ -110,6 +123,8 @@ class Course:
         if self.last:
             self.strategy.go_on(self.done, state, self.initial.adapters)
         job = ConfigRecord({messages.EXPERIMENT: config.to_json()})
+        if config.deploy:
+            job[messages.BASE] = self.bench.model.digest
         noisy = ConfigRecord(dict(job))
         if self.guard is not None and self.guard.noise_multipliers:
             noisy[messages.NOISE] = self.guard.noise_multipliers

@@ -12,11 +12,11 @@ class CtrlC:
     """Raises KeyboardInterrupt as usual, and remembers it; use as a context manager around a run.
 
     Python drops an exception that is raised in a finaliser or a library's callback, with no more than a line on stderr.
-    `check`, called once a round, raises it again.
+    `check`, called once a round, raises it again. With `later` it is raised by `check` alone, or when pressed twice.
     """
 
-    def __init__(self) -> None:
-        self.pressed = False
+    def __init__(self, later: bool = False) -> None:
+        self.later, self.pressed = later, False
         self._before: Any = None
 
     def check(self) -> None:
@@ -34,5 +34,6 @@ class CtrlC:
             signal.signal(signal.SIGINT, self._before)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.pressed = True
-        raise KeyboardInterrupt
+        before, self.pressed = self.pressed, True
+        if before or not self.later:
+            raise KeyboardInterrupt

@@ -37,6 +37,7 @@ ENCODES, SHARE, CHANGES = "encodes", "share", "changes"
 ADDS = "adds"  # whether replies may be added up on their way
 INIT, DRAWN, RANK = "init", "drawn", "rank"  # and how A began, in which round it was drawn, this client's rank
 NOISE = "noise-multipliers"  # key of the config, with record-level privacy: σ of every client, by its number
+BASE = "base"  # key of the config, for real devices: digest of the frozen weights that the adapters are made for
 
 Record = TypeVar("Record", ArrayRecord, MetricRecord)
 Named = dict[tuple[str, str], np.ndarray]  # (layer, "A" or "B"), or (name, "") for a dense array

@@ -106,7 +106,8 @@ def cautions(config: Config, counts: np.ndarray) -> Derived:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run comes to in all. Seconds are measured here, on one step and one batch, and leave out the start-up."""
+    """What a run comes to in all. Seconds are measured here, on one step and one batch, and leave out the start-up; with
+    deploy they are NaN, since the steps are other machines'."""
 
     trainings: int  # client rounds
     steps: int  # of all of them
@@ -136,9 +137,9 @@ def estimate(bench: Workbench, strategy: LoRAStrategy, state: ServerState) -> Es
     counts = [len(bench.examples_of(client)[0]) for client in range(config.clients)]
     steps = sum(local_steps(config.train, counts[client]) * times for client, times in rounds.items())
     every = config.evaluate.every
-    tested = (1 + config.rounds // every + (config.rounds % every > 0)) * len(bench.test)
+    tested = (1 + config.rounds // every + (config.rounds % every > 0)) * len(bench.dataset.test)
     held_out = (config.rounds // every) * sum(len(bench.examples_of(client)[1]) for client in range(config.clients))
-    step, example = _seconds(bench, strategy, state)
+    step, example = (math.nan, math.nan) if config.deploy else _seconds(bench, strategy, state)
     workers = 1 if config.engine.name == "inline" else engines.resources(config)[0]
     return Estimate(
         trainings=trainings,
@@ -176,24 +177,31 @@ def _seconds(bench: Workbench, strategy: LoRAStrategy, state: ServerState) -> tu
 
 
 def expense(bench: Workbench, strategy: LoRAStrategy, state: ServerState, whole: Estimate) -> Derived:
-    """Bytes, steps, time and memory of the whole run; the memory of a step is measured by one forward pass, not guessed."""
+    """Bytes, steps, time and memory of the whole run; the memory of a step is measured by one forward pass, not guessed.
+
+    With deploy without what examples are needed for, which the devices have: time, and the memory of a step.
+    """
     config = bench.config
     up, down = bytes_up(state, strategy), bytes_down(state, strategy)
     counts = [len(bench.examples_of(client)[0]) for client in range(config.clients)]
     weights = sum(p.numel() * p.element_size() for p in bench.model.peft.parameters())
     held = 4 * trained(state, strategy)
     moments = {"sgd": int(config.train.momentum > 0), "adamw": 2}[config.train.optimizer]
-    activations = saved_bytes(bench, strategy, int(np.argmax(counts)))
     trainings = f"{whole.trainings} client rounds"
+    time, activations = [], []
+    if not config.deploy:
+        saved = saved_bytes(bench, strategy, int(np.argmax(counts)))
+        activations = [("activations of a step", size(saved), "saved for the backward pass; measured on the largest client")]
+        why = f"an estimate without start-up: {1000 * whole.step:.3g} ms a step, clients {whole.lanes:.3g} at a time, and "
+        time = [("time", f"about {duration(whole.seconds)}", f"{why}{duration(whole.evaluation)} of tests; measured here")]
     return [
         ("bytes a client and round", f"up {size(up)}, down {size(down)}", "arrays as sent, 128 bytes of header each"),
         ("bytes of the run", f"up {size(whole.up)}, down {size(whole.down)}", trainings),
         ("steps", f"{whole.steps:,}", f"optimiser steps of the {trainings} that the seed draws"),
-        ("time", f"about {duration(whole.seconds)}", f"an estimate without start-up: {1000 * whole.step:.3g} ms a step, "
-            f"clients {whole.lanes:.3g} at a time, and {duration(whole.evaluation)} of tests; measured here"),
+        *time,
         ("base model", size(weights), "once in each process"),
         ("adapters, gradients, optimiser", size(held * (2 + moments)), f"{2 + moments} × what is trained, float32"),
-        ("activations of a step", size(activations), "saved for the backward pass; measured on the largest client"),
+        *activations,
         (
             "this process now",
             size(psutil.Process().memory_info().rss),

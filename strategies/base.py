@@ -85,7 +85,7 @@ class LoRAStrategy(Wire):
         self.optimizer: Callable[[ServerState, ServerState, str], ServerState] | None = None
         # Where set, asks for sums of what clients keep, so that nobody's own is ever sent (secure aggregation).
         self.sum_of: SumOf | None = None
-        self._roll = RollCall(patience)
+        self.roll = RollCall(patience, clients)
         self._sent, self._job = [], ConfigRecord()
         self._grid = None
         self._done = 0  # rounds before the first of `start`
@@ -117,13 +117,15 @@ class LoRAStrategy(Wire):
         """Messages for this round's cohort, drawn from (seed, round) alone and the same on every grid."""
         sent = messages.state_of(arrays, self.scale)
         if self.state is None or server_round == 1:  # Flower's start() counts from 1: a new run begins with a new memory
+            if self.state is not None:
+                self.roll = RollCall(self.roll.patience, self.clients, self.roll.say)
             self._done, self.state, self.initial = self._left_off or (0, sent, sent.adapters)
             self._left_off = None
         server_round += self._done
         dense = {} if self.personal else sent.dense
         self.state = replace(self.state, adapters=sent.adapters, dense=dense, base_correction=sent.base_correction)
         self._grid = grid
-        nodes = self._nodes(grid)
+        nodes = self.roll.nodes(grid, self.min_available_nodes)
         everyone = sorted(nodes) if self.clients is None else list(range(self.clients))
         drawn = draw_cohort(self.seed, server_round, everyone, self._size(len(everyone)), self.poisson)
         cohort = self.admit(server_round, [client for client in drawn if client in nodes])
@@ -132,7 +134,7 @@ class LoRAStrategy(Wire):
             raise RunError(f"round {server_round}: no client that was drawn is online and may take part")
         self._sent = self._messages(arrays, config, server_round, [nodes[c] for c in cohort], MessageType.TRAIN)
         down = sum(messages.array_bytes(message.content) for message in self._sent)
-        self.report = RoundReport(server_round, sorted([*cohort, *away]), away, bytes_down=down)
+        self.report = RoundReport(server_round, sorted([*cohort, *away]), away, dict(self.roll.refused), bytes_down=down)
         self.report.sent_at = time.perf_counter()
         return self._sent
 
@@ -177,7 +179,7 @@ class LoRAStrategy(Wire):
         server_round += self._done
         if self.fraction_evaluate == 0.0 or server_round % self.evaluate_every:
             return []
-        nodes = self._nodes(grid)
+        nodes = self.roll.nodes(grid, self.min_available_nodes)
         sent = self._messages(arrays, config, server_round, [nodes[c] for c in sorted(nodes)], MessageType.EVALUATE)
         if self.report is not None:
             self.report.bytes_down += sum(messages.array_bytes(message.content) for message in sent)

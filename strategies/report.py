@@ -13,6 +13,7 @@ class RoundReport:
     round: int
     cohort: list[int]  # clients drawn
     drops: dict[int, str] = field(default_factory=dict)  # client → why its update was not used
+    refused: dict[int, str] = field(default_factory=dict)  # node that is no client → why
     bytes_up: int = 0
     bytes_down: int = 0
     seconds_train: float = 0.0  # from handing the messages to the grid to having the replies
@@ -23,6 +24,6 @@ class RoundReport:
 
     def as_row(self, started: float) -> dict[str, Any]:
         """The round as a line of rounds.jsonl; `started` is the run's own time.perf_counter()."""
-        row = {name: value for name, value in asdict(self).items() if name != "client_accuracy" or value}
+        row = {name: value for name, value in asdict(self).items() if value or name not in ("refused", "client_accuracy")}
         metrics, sent_at = row.pop("metrics"), row.pop("sent_at")
         return row | metrics | {"started": sent_at - started}

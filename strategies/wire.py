@@ -16,7 +16,7 @@ from fedlora.lowrank import Adapters, Pair
 from fedlora.messages import ServerState, Update
 from fedlora.sums import Sum
 from strategies.report import RoundReport
-from strategies.rollcall import RollCall
+from strategies.rollcall import RollCall, answer_of
 from strategies.updates import MANY, at_rank, in_scale, mean_of, read_update
 
 Contents = dict[int, dict[str, np.ndarray]]  # client → arrays by name
@@ -65,7 +65,7 @@ class Wire(FlowerFedAvg):
     report: RoundReport | None  # of the newest round
     silent: bool  # whether replies to training hold no arrays at all
     streams: bool  # whether replies may be added up as they come
-    _roll: RollCall
+    roll: RollCall  # who is who
     _sent: list[Message]
     _job: ConfigRecord  # of the newest round
     _bytes_alone: int  # that a client of it sends, where replies may be added up
@@ -156,7 +156,7 @@ class Wire(FlowerFedAvg):
     def _ask(self, action: str, contents: Contents, shapes: Shapes | None = None) -> Contents:
         """See `Ask`."""
         assert self.report is not None and self._grid is not None
-        nodes = {client: node for node, client in self._roll.client.items()}
+        nodes = {client: node for node, client in self.roll.client.items()}
         # What is asked of several clients alike is one content, as a broadcast is.
         asks = {
             id(arrays): RecordDict({self.arrayrecord_key: messages.record(arrays), self.configrecord_key: self._job})
@@ -193,18 +193,21 @@ class Wire(FlowerFedAvg):
         source of a reply says whose it is only on grids that give messages no ids.
         """
         assert self.report is not None
-        author = {message.metadata.dst_node_id: self._roll.client[message.metadata.dst_node_id] for message in sent}
+        author = {message.metadata.dst_node_id: self.roll.client[message.metadata.dst_node_id] for message in sent}
         asked, by_message = set(author.values()), None
         for reply in replies:
             if by_message is None:  # a grid gives messages their ids when they leave, which may be as late as now
                 ids = ((message.metadata.message_id, message.metadata.dst_node_id) for message in sent)
                 by_message = {number: author[node] for number, node in ids if number}
             source = reply.metadata
-            client = by_message.get(source.reply_to_message_id) if by_message else self._roll.client.get(source.src_node_id)
+            client = by_message.get(source.reply_to_message_id) if by_message else self.roll.client.get(source.src_node_id)
             if client is None or client not in asked or client in taken:
                 continue  # not a reply to these
             if reply.has_error():
                 self.report.drops[client] = error_of(reply)
+                continue
+            if self.roll.named and (says := answer_of(reply)) and says[messages.CLIENT] != client:
+                self.report.drops[client] = f"it says that it is client {says[messages.CLIENT]} now; start the run again"
                 continue
             if messages.SUM in reply.content:  # its arrays have as many bytes as those of anybody in this round
                 self.report.bytes_up += self._bytes_alone
@@ -226,14 +229,7 @@ class Wire(FlowerFedAvg):
     def _rank(self, node: int) -> int:
         assert self.state is not None
         own = next(iter(self.state.adapters.values())).rank
-        return own if self.ranks is None else self.ranks[self._roll.client[node]]
-
-    def _nodes(self, grid: Grid) -> dict[int, int]:
-        """Client → node id, of those that are online."""
-        kind = MessageType.QUERY
-        return self._roll.nodes(
-            grid, self.min_available_nodes, lambda new: list(self._construct_messages(RecordDict(), new, kind))
-        )
+        return own if self.ranks is None else self.ranks[self.roll.client[node]]
 
     def _receive(self, replies: Iterable[Message], server_round: int) -> tuple[list[Update], list[Update]]:
         """The usable updates in order of client, and what there is to merge; other replies are named in the report.
@@ -242,7 +238,7 @@ class Wire(FlowerFedAvg):
         as one update, and of each client only what it measured.
         """
         assert self.state is not None and self.report is not None
-        ranks = {self._roll.client[m.metadata.dst_node_id]: self._rank(m.metadata.dst_node_id) for m in self._sent}
+        ranks = {self.roll.client[m.metadata.dst_node_id]: self._rank(m.metadata.dst_node_id) for m in self._sent}
         at = {rank: at_rank(self.state, rank) for rank in set(ranks.values())}
         sends = self.sends(server_round)
         total = Sum() if self.streams and len(ranks) >= MANY else None

@@ -2,21 +2,24 @@
 
 import json
 import math
+import signal
+import subprocess
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from clients.task import Task
 from fedlora import data, experiment, messages, plan, seeds, workbench
 from fedlora.check import ConfigError, RunError
 from fedlora.config import Config, DatasetConfig, TrainConfig
-from fedlora.deploy import client, preview
+from fedlora.deploy import client, launch, preview, server
 from fedlora.deploy.account import LEDGER, SECRET, Account, Limits
 from fedlora.deploy.courier import Receiver, Sender
-from fedlora.deploy.device import Device, Holdings, localised
-from tests.conftest import write_digits
+from fedlora.deploy.device import Device, Holdings, localised, same_base
+from strategies.rollcall import RollCall
+from tests.conftest import ROOT, write_digits
 
 LIMITS = Limits(epsilon=8.0, delta=1e-5, clip=1.0, steps=100)
 STEPS = (0.9, 0.2, 4)  # σ, q, steps of a round
@@ -186,6 +189,29 @@ def test_an_experiment_beyond_the_owners_limits_is_refused_and_costs_nothing(own
     assert account.rows == []
 
 
+def test_a_base_model_with_other_weights_than_the_servers_is_refused_and_costs_nothing(own, asked, account) -> None:
+    """One weight is enough, in its last bit; what was trained before is no part of the base."""
+    first, second, device = sent(asked()), sent(asked()), Device(own, account, lambda line: None)
+    model = workbench.build(localised(own, asked())).model
+    for message in (first, second):
+        message.content[messages.CONFIG][messages.BASE] = model.digest
+    device(first, place())
+    assert len(account.rows) == 1
+    weights = dict(model.peft.named_parameters())["base_model.model.vit.layers.0.attention.k_proj.weight"].data
+    before = weights[0, 0].item()
+    try:
+        del model.digest  # it is remembered
+        same_base(localised(own, asked()), second.content[messages.CONFIG])
+        weights[0, 0] = float(np.nextafter(np.float32(before), np.float32(1)))
+        del model.digest
+        with pytest.raises(RunError, match=r"this device's weights of vit_digits are others than the server's \(SHA-256 \w+…"):
+            device(second, place())
+    finally:
+        weights[0, 0] = before
+        del model.digest
+    assert len(account.rows) == 1
+
+
 def test_an_invalid_experiment_is_refused(own, asked, account) -> None:
     message = sent(asked())
     message.content[messages.CONFIG][messages.EXPERIMENT] = asked().to_json().replace('"batch_size": 16', '"batch_size": -1')
@@ -262,20 +288,120 @@ def test_named_classes_let_a_file_lack_some_and_a_server_have_no_training_data(t
         (["dataset.path=x.csv"], "dataset.path=x.csv does not go with deploy"),
         (["dataset.classes=[]"], "dataset.classes=[]; name all labels"),
         (["dataset=digits"], "dataset=digits; set dataset=files"),
-        (["plan=true"], "plan=true does not go with deploy=here"),
         (["min_online=60"], "min_online=60 is more than clients=50"),
     ],
 )
 def test_settings_that_do_not_go_with_devices_are_refused_in_one_sentence(overrides, sentence, capsys) -> None:
     from fedlora import cli
-    from tests.conftest import ROOT
 
     usual = ["deploy=here", "dataset=files", "dataset.text=text", "dataset.classes=[a,b]", "model=hf", "model.path=x"]
     assert cli.main(ROOT / "configs", [*usual, *overrides]) == 2
     assert sentence in capsys.readouterr().err
 
 
+# ---- the roll call, and the plan that follows from it
+
+
+class Devices:
+    """A grid of devices that answer the roll call; node → (client, examples)."""
+
+    def __init__(self, nodes: dict[int, tuple[int, int]]) -> None:
+        self.nodes = nodes
+
+    def get_node_ids(self):
+        return list(self.nodes)
+
+    def send_and_receive(self, asked, *, timeout=None):
+        for message in asked:
+            client, examples = self.nodes[message.metadata.dst_node_id]
+            metrics = MetricRecord({messages.CLIENT: client, messages.EXAMPLES: examples})
+            reply = Message(RecordDict({messages.METRICS: metrics}), reply_to=message)
+            reply.metadata.__dict__["_src_node_id"] = message.metadata.dst_node_id
+            yield reply
+
+
+def test_a_run_begins_when_each_number_has_a_device_of_its_own(small, monkeypatch) -> None:
+    """A second device with a number is named at once, and is another client when it has been given its own number."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0
+    config, said = small(clients=2, clients_per_round=2, patience=1e-9), []
+    devices, roll = Devices({7: (0, 20), 5: (0, 30), 9: (4, 40)}), RollCall(0.0, 2, said.append)
+    with pytest.raises(RunError, match="client 1 of clients=2 was not online"):
+        server.sizes(devices, config, roll)
+    assert [line.split(";")[0] for line in said] == [
+        "node 7 takes no part: it says that it is client 0, which is node 5",
+        "node 9 takes no part: it says that it is client 4, and there are clients=2, counted from 0",
+    ]
+    monkeypatch.setattr(server.time, "sleep", lambda seconds: devices.nodes.update({7: (1, 20)}))
+    config.patience = 60.0
+    assert server.sizes(devices, config, roll) == [30, 20]
+    assert roll.client == {5: 0, 7: 1} and list(roll.refused) == [9] and len(said) == 2
+
+
+def test_the_plan_of_a_deployment_needs_no_examples(asked, capsys) -> None:
+    """σ and bytes follow from the numbers of examples; time and the memory of a step are left to the devices."""
+    config = asked(plan=True, privacy__noise_multiplier=None, privacy__epsilon=3.0, partition__sizes=[20, 64])
+    config.dataset.test = None
+    estimate, noise = experiment.foretell(config)
+    said = capsys.readouterr().out
+    assert noise.startswith("σ = ") and noise.split(" = ")[1] in said
+    assert estimate.trainings == 4 and estimate.steps == 8 and math.isnan(estimate.seconds)
+    strategy = experiment.make_strategy(config)
+    state = experiment.initial_state(workbench.build(config), strategy)
+    assert estimate.up == 4 * plan.bytes_up(state, strategy)
+    assert "20 / 42 / 64" in said and "bytes of the run" in said and "time" not in said and "activations" not in said
+
+
 # ---- the way home
+
+
+@pytest.fixture
+def flower(monkeypatch):
+    """Stands in for Flower's command line: its answers one after another, and what it was asked for."""
+    asked, answers = [], []
+
+    def flwr(*arguments: str) -> subprocess.CompletedProcess:
+        asked.append(arguments[:2])
+        answer = answers.pop(0)
+        return subprocess.CompletedProcess(arguments, 0, answer() if callable(answer) else answer, "")
+
+    monkeypatch.setattr(launch, "flwr", flwr)
+    monkeypatch.setattr(launch, "_log", lambda number, connection: (line for line in ["fedlora 0 say hello\n", "bye\n"]))
+    monkeypatch.setattr(launch, "RETRY", 0.0)
+    return asked, answers
+
+
+AWAY = json.dumps({"success": False, "error-message": "SuperLink is unavailable."})
+STARTED = json.dumps({"success": True, "run-id": "77"})
+OVER = json.dumps({"success": True, "runs": [{"status": "finished:completed", "status-details": ""}]})
+
+
+def test_a_superlink_out_of_reach_for_a_moment_does_not_end_the_command(flower, asked, capsys) -> None:
+    questions, answers = flower
+    answers[:] = [AWAY, AWAY, OVER]
+    said = []
+    receiver = Receiver(said.append, said.append, lambda name, content: None)
+    assert launch.follow(asked(), "77", receiver) == "finished:completed, bye" and said == ["hello"]
+    assert questions == [("list", "x")] * 3
+    assert capsys.readouterr().out.splitlines() == [
+        "flwr list failed: SuperLink is unavailable; trying again for patience=600 s, while the run goes on"
+    ]
+    answers[:] = [AWAY, AWAY]
+    with pytest.raises(RunError, match="flwr list failed: SuperLink is unavailable, for patience=1e-09 s; the run may go on"):
+        launch.follow(asked(patience=1e-9), "77", receiver)
+
+
+def test_ctrl_c_while_a_run_is_being_started_stops_it_too(flower, asked) -> None:
+    """Its number comes after the key was pressed, and it must not be left running."""
+    questions, answers = flower
+
+    def pressed() -> str:
+        signal.raise_signal(signal.SIGINT)
+        return STARTED
+
+    answers[:] = [pressed, ""]
+    with pytest.raises(KeyboardInterrupt):
+        launch.start(asked(), ROOT)
+    assert questions == [("run", str(ROOT)), ("stop", "77")]
 
 
 def test_records_come_home_whole_once_and_never_elsewhere(tmp_path) -> None:

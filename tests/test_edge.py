@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from fedlora import experiment
@@ -158,6 +159,33 @@ def test_three_devices_come_to_the_simulators_adapter_bit_for_bit(federation, sm
         for row in own:
             spent.spend(k, row["noise_multiplier"], row["sampling_rate"], row["steps"])
         assert spent.history(k) == server.history(k)
+
+
+def test_a_plan_comes_from_a_roll_call_and_trains_nothing(federation) -> None:
+    before = [(federation.state(k) / LEDGER).read_text() for k in range(3)]
+    command = deploy(federation, "name=planned", "rounds=2", "privacy.epsilon=6", "plan=true")
+    done = run_py(*command, env=federation.environment, timeout=PATIENCE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "48 / 48 / 48" in done.stdout and "ε = 6" in done.stdout and "6 client rounds" in done.stdout
+    assert [(federation.state(k) / LEDGER).read_text() for k in range(3)] == before
+    assert not (federation.folder / "results" / "planned").exists()
+
+
+def test_ctrl_c_stops_the_run_on_the_server_too_and_leaves_no_process(federation) -> None:
+    command = deploy(federation, "name=stopped", "rounds=9", "privacy.epsilon=6")
+    stopped = federation.start("stopped", sys.executable, ROOT / "run.py", *command)
+    until(lambda: "on the SuperLink of test" in federation.log("stopped"), "the start of the run")
+    number = federation.log("stopped").split()[1]
+    stopped.send_signal(signal.SIGINT)
+    assert stopped.wait(PATIENCE) == 130 and "stopped by Ctrl-C after round 0 of 9" in federation.log("stopped")
+    summary = json.loads((federation.folder / "results" / "stopped" / "summary.json").read_text())
+    assert (summary["status"], summary["rounds"]) == ("interrupted", 0)
+    assert not [p for p in psutil.process_iter(["cmdline"]) if number in (p.info["cmdline"] or ())]
+    asking = federation.start("asking", "flwr", "list", "test", "--run-id", number, "--format", "json")
+    assert asking.wait(PATIENCE) == 0 and '"finished:stopped"' in federation.log("asking")
+    (superlink,) = [process.pid for process in federation.processes if "flower-superlink" in map(str, process.args)]
+    there = lambda: psutil.Process(superlink).children(recursive=True)  # noqa: E731  # one that has ended may not be reaped yet
+    until(lambda: all(p.name() != "flwr-serverapp" or p.status() == psutil.STATUS_ZOMBIE for p in there()), "its end")
 
 
 def test_a_key_that_is_not_registered_and_a_certificate_of_another_ca_are_refused(federation) -> None:

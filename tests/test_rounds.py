@@ -528,6 +528,52 @@ def test_where_some_answer_the_silent_ones_stay_out() -> None:
     assert strategy.report is not None and strategy.report.cohort == [0, 2, 3, 4]
 
 
+def test_a_number_belongs_to_the_first_node_that_says_it() -> None:
+    """Another that says it too is named and never asked to train, in the holder's absence too; the bits are as without it."""
+    strategy, grid, said = make("fedavg", min_available_nodes=4), StubGrid(honest("AB")), list[str]()
+    strategy.roll.say = said.append
+    play(strategy, grid, rounds=1)
+    grid.nodes[50] = 2  # it comes later, and first in the order of ids
+    why = "it says that it is client 2, which is node 102; give each device a number of its own (--client)"
+    for round, cohort in ((2, [0, 1, 2, 3, 4]), (3, [0, 1, 3, 4])):
+        asked = strategy.configure_train(round, initial(), ConfigRecord(), grid)
+        assert strategy.report is not None and strategy.report.cohort == cohort
+        assert [message.metadata.dst_node_id for message in asked] == [100 + client for client in cohort]
+        assert strategy.report.as_row(0.0)["refused"] == {50: why}
+        grid.nodes.pop(102, None)
+    assert said == [f"node 50 takes no part: {why}"]
+    strategy.roll.patience = 0.0
+    with pytest.raises(RunError, match="4 of 5 nodes came online"):  # what takes no part is not waited for either
+        strategy.roll.nodes(grid, 5)
+    both = StubGrid(honest("AB"))
+    both.nodes[999] = 0
+    strategy = make("fedavg")
+    assert play(strategy, both) == play(make("fedavg"), StubGrid(honest("AB")))
+    assert strategy.report is not None and list(strategy.report.refused) == [999]
+
+
+def test_a_number_beyond_the_clients_is_refused() -> None:
+    strategy, grid = make("fedavg", clients=3, min_available_nodes=3), StubGrid(honest("AB"), clients=4)
+    play(strategy, grid, rounds=1)
+    assert strategy.report is not None and strategy.report.cohort == [0, 1, 2]
+    assert "client 3, and there are clients=3, counted from 0" in strategy.report.refused[103]
+
+
+def test_a_node_that_has_become_another_client_is_dropped() -> None:
+    """A device that was started again with another number trains on what is not that client's."""
+
+    def client(number: int, message: Message) -> RecordDict | None:
+        content = honest("AB")(number, message)
+        if message.metadata.message_type == "train" and number == 1 and content is not None:
+            content["metrics"][messages.CLIENT] = 3
+        return content
+
+    strategy = make("fedavg")
+    play(strategy, StubGrid(client))
+    assert strategy.report is not None
+    assert strategy.report.drops == {1: "it says that it is client 3 now; start the run again"}
+
+
 # ---- evaluation on the clients
 
 

@@ -36,6 +36,7 @@ def _run(arguments: argparse.Namespace) -> int:
         clip=check.positive(**{"--clip": arguments.clip}),
         steps=check.positive(**{"--max-steps": arguments.max_steps}),
     )
+    check.not_negative(**{"--client": arguments.client})
     data = DatasetConfig(
         name="files", path=str(arguments.data), test_fraction=0.0, text=arguments.text, image=arguments.image,
         label=arguments.label, columns=arguments.columns.split(",") if arguments.columns else [],

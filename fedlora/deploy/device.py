@@ -16,7 +16,7 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, MetricRecord, 
 
 from clients.app import SECRET, SERIAL, app
 from clients.task import local_steps, sampling_rate
-from fedlora import messages
+from fedlora import messages, workbench
 from fedlora.check import RunError
 from fedlora.config import Config, DatasetConfig, EngineConfig, PartitionConfig
 from fedlora.data import partition
@@ -57,6 +57,7 @@ class Device:
             return app(message, _within(context, place))
         job = message.content.config_records[messages.CONFIG]
         config = self.localised(str(job[messages.EXPERIMENT]))
+        same_base(config, job)
         if kind == MessageType.TRAIN:
             place |= self.admit(config, job, message.metadata.run_id)
         elif kind == MessageType.EVALUATE and math.isfinite(self.account.limits.epsilon):
@@ -135,6 +136,16 @@ def check(account: Account, config: Config, steps: int) -> None:
         )
     if privacy.delta > limits.delta:
         raise RunError(f"this device allows δ = {limits.delta:g} (--delta), the experiment has privacy.delta={privacy.delta:g}")
+
+
+def same_base(config: Config, job: ConfigRecord) -> None:
+    """Raises RunError where this device's base model has other frozen weights than the server's."""
+    own = workbench.build(config).model.digest
+    if (theirs := job.get(messages.BASE, own)) != own:
+        raise RunError(
+            f"this device's weights of {config.model.path or config.model.name} are others than the server's "
+            f"(SHA-256 {own[:12]}… and {str(theirs)[:12]}…); give the device a copy of the server's model, by --model"
+        )
 
 
 def _asked(config: Config) -> dict[str, Any]:

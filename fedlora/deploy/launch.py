@@ -10,59 +10,36 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedlora import disk, messages, terminal
+from fedlora import disk, messages, report, terminal
 from fedlora.check import RunError
 from fedlora.config import Config
 from fedlora.deploy.courier import Receiver
+from fedlora.interrupt import CtrlC
 from fedlora.records import SUMMARY, Recorder
 
 ENDED = "finished"  # how the status of a run begins that goes on no more
+COMPLETED = "finished:completed"  # and of one that ended without an error
+OWN_PROCESS: dict[str, Any] = {"text": True, "encoding": "utf-8", "start_new_session": True}  # Ctrl-C is for us
+RETRY = 3.0  # seconds until a SuperLink out of reach is tried again
 
 
 def run(config: Config, project: Path) -> dict[str, Any]:
     """Run the experiment on the SuperLink of the connection `config.deploy` and return its summary, as `experiment.run` does.
 
-    `project` is the folder of pyproject.toml. Raises ConfigError before anything is started, RunError where the run fails.
+    `project` is the folder of pyproject.toml. Raises ConfigError before anything is started, RunError where the run fails;
+    Ctrl-C stops the run there, with what has come of it.
     """
     recorder = Recorder(config)
     if recorder.finished:
         terminal.say(f"{recorder.folder} is finished, with these settings; overwrite=true runs it again")
         return recorder.summary()
     recorder.claim()
-    connection = str(config.deploy)
-    number = start(config, connection, project)
-    recorder.begin()
-    terminal.say(f"run {number} on the SuperLink of {connection}")
-    try:
-        details = follow(recorder, number, connection)
-    except KeyboardInterrupt:
-        flwr("stop", number, connection)
-        recorder.close({"status": "interrupted", "reason": "stopped by Ctrl-C"})
-        return recorder.summary()
-    summary = recorder.summary()
-    if not summary:
-        reason = f"run {number} ended without a summary: {details}; flwr log {number} {connection} has more"
-        recorder.close({"status": "failed", "reason": reason})
-        raise RunError(reason)
-    if summary["status"] == "failed":
-        raise RunError(summary["reason"])
-    return summary
-
-
-def start(config: Config, connection: str, project: Path) -> str:
-    """The number of the new run. The experiment goes along as one JSON value."""
-    with tempfile.NamedTemporaryFile("w", suffix=".toml", encoding="utf-8") as file:
-        file.write(f"{messages.EXPERIMENT} = {json.dumps(config.to_json(), ensure_ascii=False)}\n")
-        file.flush()
-        return str(_answer("run", str(project), connection, "--run-config", file.name)["run-id"])
-
-
-def follow(recorder: Recorder, number: str, connection: str) -> str:
-    """Takes the records as they come, until the run is over; returns what Flower says of its end."""
 
     def row(line: str) -> None:
         recorder.round(json.loads(line))
@@ -75,21 +52,99 @@ def follow(recorder: Recorder, number: str, connection: str) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         disk.write(path, content)
 
-    receiver, last = Receiver(terminal.say, row, file), ""
+    number = start(config, project)
+    try:
+        with stopping(config, number):
+            recorder.begin()
+            ended = follow(config, number, Receiver(terminal.say, row, file))
+    except KeyboardInterrupt:
+        outcome = {"status": "interrupted", "reason": "stopped by Ctrl-C"}
+        recorder.close(report.summarise(config, report.read_rounds(recorder.folder)) | outcome)
+        return recorder.summary()
+    summary = recorder.summary()
+    if not summary:
+        reason = f"run {number} ended without a summary: {ended}; flwr log {number} {config.deploy} has more"
+        recorder.close({"status": "failed", "reason": reason})
+        raise RunError(reason)
+    if summary["status"] == "failed":
+        raise RunError(summary["reason"])
+    return summary
+
+
+def plan(config: Config, project: Path) -> None:
+    """Have the server ask the devices for their numbers of examples, and say what the experiment would come to.
+
+    Nothing is trained, and there is no results folder. Raises RunError where it fails, such as for a device that is not there.
+    """
+    number = start(config, project)
+    with stopping(config, number):
+        ended = follow(config, number, Receiver(terminal.say, lambda line: None, lambda name, content: None))
+    if not ended.startswith(COMPLETED):
+        raise RunError(f"run {number} ended without a plan: {ended}; flwr log {number} {config.deploy} has more")
+
+
+def start(config: Config, project: Path) -> str:
+    """The number of the new run. The experiment goes along as one JSON value. On Ctrl-C it is stopped at once."""
+    with tempfile.NamedTemporaryFile("w", suffix=".toml", encoding="utf-8") as file, CtrlC(later=True) as ctrl_c:
+        file.write(f"{messages.EXPERIMENT} = {json.dumps(config.to_json(), ensure_ascii=False)}\n")
+        file.flush()
+        number = str(_answer("run", str(project), str(config.deploy), "--run-config", file.name)["run-id"])
+    with stopping(config, number):
+        ctrl_c.check()
+        terminal.say(f"run {number} on the SuperLink of {config.deploy}")
+    return number
+
+
+@contextmanager
+def stopping(config: Config, number: str) -> Iterator[None]:
+    """Ctrl-C within stops the run on the SuperLink too."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        flwr("stop", number, str(config.deploy))
+        raise
+
+
+def follow(config: Config, number: str, receiver: Receiver) -> str:
+    """Takes what the run says as it comes, until it is over; returns how it ended, as Flower says it.
+
+    Where the SuperLink is out of reach it is tried for `config.patience` seconds; then RunError.
+    """
+    connection, last = str(config.deploy), ""
     while True:
-        for line in _log(number, connection):  # ends where the connection does; it is read from the beginning then
-            last = last if receiver.take(line) or not line.strip() else line.strip()
-        about = _answer("list", connection, "--run-id", number)["runs"][0]
+        with closing(_log(number, connection)) as lines:  # ends where the connection does, and begins anew then
+            for line in lines:
+                last = last if receiver.take(line) or not line.strip() else line.strip()
+        about = _patiently(config.patience, "list", connection, "--run-id", number)["runs"][0]
         if str(about["status"]).startswith(ENDED):
-            return str(about.get("details") or f"{about['status']}, {last}")
+            return f"{about['status']}, {about['status-details'] or last}"
 
 
-def _log(number: str, connection: str) -> Iterator[str]:
+def _patiently(patience: float, *arguments: str) -> dict[str, Any]:
+    """What Flower's command line answers; where it fails, it is asked again for `patience` seconds."""
+    deadline = None
+    while True:
+        try:
+            return _answer(*arguments)
+        except RunError as error:
+            said = str(error).rstrip(".")
+            if deadline is None:
+                deadline = time.monotonic() + patience
+                terminal.say(f"{said}; trying again for patience={patience:g} s, while the run goes on")
+            elif time.monotonic() > deadline:
+                raise RunError(f"{said}, for patience={patience:g} s; the run may go on there") from error
+        time.sleep(RETRY)
+
+
+def _log(number: str, connection: str) -> Generator[str]:
     """The lines of the run's log."""
     command = [sys.executable, "-m", "flwr.cli.app", "log", number, connection, "--stream"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8") as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, **OWN_PROCESS) as process:
         assert process.stdout is not None
-        yield from process.stdout
+        try:
+            yield from process.stdout
+        finally:
+            process.terminate()
 
 
 def _answer(*arguments: str) -> dict[str, Any]:
@@ -108,4 +163,4 @@ def _answer(*arguments: str) -> dict[str, Any]:
 def flwr(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Flower's command line, in a process of its own."""
     command = [sys.executable, "-m", "flwr.cli.app", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    return subprocess.run(command, capture_output=True, **OWN_PROCESS)

@@ -17,15 +17,16 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from flwr.app import Context, Message, MessageType, RecordDict
+from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
-from fedlora import messages
+from fedlora import messages, terminal
 from fedlora.check import RunError
 from fedlora.config import Config, EngineConfig
 from fedlora.deploy.courier import Sender
 from fedlora.engines.inline import InlineEngine
 from fedlora.records import ADAPTER, CURVES, MERGED, PRIVACY, SUMMARY
+from strategies.rollcall import RollCall
 
 POLL = 0.3  # seconds from one look for replies to the next
 HOME = (PRIVACY, ADAPTER, MERGED, CURVES, SUMMARY)  # what goes back besides the rounds; the mark of the end comes last
@@ -40,34 +41,38 @@ def main(grid: Grid, context: Context) -> None:
 
     logging.getLogger("flwr").setLevel(logging.WARNING)  # what it says of rounds is in the records
     started = time.perf_counter()
-    config = Config.from_json(str(context.run_config[messages.EXPERIMENT]))
+    asked = Config.from_json(str(context.run_config[messages.EXPERIMENT]))
     grid.send_and_receive = partial(send_and_receive, grid)  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory(prefix="fedlora-") as folder:
-        config = replace(config, results=folder, name="run", engine=EngineConfig(name="inline"))
+        config = replace(asked, results=folder, name="run", engine=EngineConfig(name="inline"))
         with sending(Path(folder) / "run"):
-            config = replace(config, partition=replace(config.partition, sizes=sizes(grid, config)))
-            experiment.run(config, started, engine=InlineEngine(grid))
+            strategy = experiment.make_strategy(config)
+            strategy.roll.say = terminal.say
+            config = replace(config, partition=replace(config.partition, sizes=sizes(grid, config, strategy.roll)))
+            if config.plan:
+                experiment.foretell(replace(config, results=asked.results, name=asked.name), strategy)
+            else:
+                experiment.run(config, started, engine=InlineEngine(grid), strategy=strategy)
 
 
-def sizes(grid: Grid, config: Config) -> list[int]:
+def sizes(grid: Grid, config: Config, roll: RollCall) -> list[int]:
     """The number of examples of each client, as the devices say.
 
     σ depends on it, so a run begins when every client has been there once; later they may come and go. Raises RunError
     where one has not within `config.patience`.
     """
-    deadline, said = time.monotonic() + config.patience, dict[int, int]()
-    while absent := [client for client in range(config.clients) if client not in said]:
+    deadline = time.monotonic() + config.patience
+    while True:  # who was refused is asked again: it may be another client now
+        roll.meet(grid, list(grid.get_node_ids()), max(1.0, deadline - time.monotonic()))
+        absent = [client for client in range(config.clients) if client not in roll.examples]
+        if not absent:
+            return [roll.examples[client] for client in range(config.clients)]
         if time.monotonic() > deadline:
             raise RunError(
                 f"client {absent[0]} of clients={config.clients} was not online within patience={config.patience:g} s; "
                 "start its device, or lower clients"
             )
-        asked = [Message(RecordDict(), node, MessageType.QUERY) for node in grid.get_node_ids()]
-        for reply in grid.send_and_receive(asked, timeout=max(1.0, deadline - time.monotonic())) if asked else ():
-            for record in reply.content.metric_records.values() if reply.has_content() else ():
-                said[int(record[messages.CLIENT])] = int(record[messages.EXAMPLES])  # type: ignore[arg-type]
         time.sleep(POLL)
-    return [said[client] for client in range(config.clients)]
 
 
 def send_and_receive(grid: Grid, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:

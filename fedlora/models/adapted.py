@@ -8,9 +8,11 @@ x ──┬── W0 (frozen) ────────────────�
 from __future__ import annotations
 
 import copy
+import hashlib
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -91,6 +93,16 @@ class AdaptedModel:
     def scale_written(self) -> float:
         """alpha / rank, of the rank of the factors that were written last."""
         return self._alpha / len(next(iter(self._A.values())))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all that is frozen, by name and in its own dtype: the same on every compute device."""
+        found = hashlib.sha256()
+        for name, tensor in sorted(self.peft.state_dict().items()):
+            if ".lora_" not in name and ".original_module." not in name and file_name(name) not in self._head:
+                found.update(f"/{name}/{tensor.dtype}/{tuple(tensor.shape)}/".encode())
+                found.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+        return found.hexdigest()
 
     def adapters(self) -> Adapters:
         """A copy of the factors, float32."""
