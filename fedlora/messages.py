@@ -34,6 +34,7 @@ ROUND, TRAINS, EXPERIMENT = "server-round", "trains", "experiment"  # keys of th
 SENDS, PERSONAL, KEEPS, SILENT = "sends", "personal", "keeps", "silent"
 ENCODES, SHARE, CHANGES = "encodes", "share", "changes"
 INIT, DRAWN, RANK = "init", "drawn", "rank"  # and how A began, in which round it was drawn, this client's rank
+LINEAGE = "lineage"  # for devices: what a run and all that went on from it have in common, and no other
 NOISE = "noise-multipliers"  # key of the config, with record-level privacy: σ of every client, by its number
 
 Named = dict[tuple[str, str], np.ndarray]  # (layer, "A" or "B"), or (name, "") for a dense array

@@ -21,6 +21,7 @@ from fedlora.deploy.courier import Receiver
 from fedlora.records import SUMMARY, Recorder
 
 ENDED = "finished"  # how the status of a run begins that goes on no more
+RUN = "flower-run"  # a file of the results folder, while its records come: the number of the run
 
 
 def run(config: Config, project: Path) -> dict[str, Any]:
@@ -34,13 +35,19 @@ def run(config: Config, project: Path) -> dict[str, Any]:
         return recorder.summary()
     recorder.claim()
     connection = str(config.deploy)
-    number = start(config, connection, project)
-    recorder.begin()
-    terminal.say(f"run {number} on the SuperLink of {connection}")
+    number, details = underway(recorder, connection), ""
     try:
-        details = follow(recorder, number, connection)
+        if number:
+            terminal.say(f"run {number} on the SuperLink of {connection} still goes on, and is followed from here")
+            details = bring(recorder, number, connection)
+        if not number or not recorder.summary():
+            number = start(config, connection, project)
+            terminal.say(f"run {number} on the SuperLink of {connection}")
+            details = bring(recorder, number, connection)
     except KeyboardInterrupt:
-        flwr("stop", number, connection)
+        if number:
+            flwr("stop", number, connection)
+        (recorder.folder / RUN).unlink(missing_ok=True)
         recorder.close({"status": "interrupted", "reason": "stopped by Ctrl-C"})
         return recorder.summary()
     summary = recorder.summary()
@@ -61,6 +68,29 @@ def start(config: Config, connection: str, project: Path) -> str:
         return str(_answer("run", str(project), connection, "--run-config", file.name)["run-id"])
 
 
+def underway(recorder: Recorder, connection: str) -> str:
+    """The number of the run whose records an earlier process was bringing here, if it still goes on; else an empty text."""
+    if recorder.config.overwrite:
+        return ""
+    try:
+        number = (recorder.folder / RUN).read_text(encoding="utf-8")
+        return "" if str(_about(number, connection)["status"]).startswith(ENDED) else number
+    except (OSError, RunError):  # a SuperLink that does not know it any more, most likely
+        return ""
+
+
+def bring(recorder: Recorder, number: str, connection: str) -> str:
+    """Takes all records of the run, from its beginning on; returns what Flower says of its end.
+
+    The number stays in the folder until then, so that the same command finds the run again.
+    """
+    disk.write(recorder.folder / RUN, number.encode())
+    recorder.begin()
+    details = follow(recorder, number, connection)
+    (recorder.folder / RUN).unlink()
+    return details
+
+
 def follow(recorder: Recorder, number: str, connection: str) -> str:
     """Takes the records as they come, until the run is over; returns what Flower says of its end."""
 
@@ -79,9 +109,15 @@ def follow(recorder: Recorder, number: str, connection: str) -> str:
     while True:
         for line in _log(number, connection):  # ends where the connection does; it is read from the beginning then
             last = last if receiver.take(line) or not line.strip() else line.strip()
-        about = _answer("list", connection, "--run-id", number)["runs"][0]
+        about = _about(number, connection)
         if str(about["status"]).startswith(ENDED):
             return str(about.get("details") or f"{about['status']}, {last}")
+
+
+def _about(number: str, connection: str) -> dict[str, Any]:
+    """What the SuperLink knows of the run. Raises RunError where that is nothing."""
+    about: dict[str, Any] = _answer("list", connection, "--run-id", number)["runs"][0]
+    return about
 
 
 def _log(number: str, connection: str) -> Iterator[str]:
