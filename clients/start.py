@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fedlora.workbench import Workbench
 
 PERSONAL, TRAINED, LEFT, LEFT_AT = "personal", "trained", "left", "left-at"  # records of a client's own state
+LASTING = (PERSONAL, LEFT, LEFT_AT)  # those that a later round begins with
 
 
 @dataclass(frozen=True)

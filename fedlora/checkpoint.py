@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -44,6 +45,7 @@ class Checkpoint:
     guard: dict[str, Any]  # the memory of what keeps the budget; empty without privacy
     history: tuple[int, str]  # bytes of rounds.jsonl and their digest
     resumed: list[int] = field(default_factory=list)  # rounds after which the run was continued before
+    lineage: str = ""  # what this run and all that went on from it have in common, and no other
 
     def to_bytes(self) -> bytes:
         """The file."""
@@ -83,6 +85,7 @@ class Checkpoints:
     def __init__(self, folder: Path, config: CheckpointConfig) -> None:
         self.folder, self.config = folder, config
         self.resumed: list[int] = []  # rounds after which this run was continued, each once
+        self.lineage = secrets.token_hex(8)
 
     def due(self, round: int, rounds: int) -> bool:
         """Whether there is to be one after this round: before the first, every so many, and after the last."""
@@ -93,7 +96,7 @@ class Checkpoints:
         path = self.folder / f"round-{checkpoint.round:05d}.safetensors"
         try:
             self.folder.mkdir(exist_ok=True)
-            disk.write(path, replace(checkpoint, resumed=self.resumed).to_bytes())
+            disk.write(path, replace(checkpoint, resumed=self.resumed, lineage=self.lineage).to_bytes())
             for old in self._files()[: -self.config.keep]:
                 old.unlink()
         except OSError as error:
@@ -113,7 +116,7 @@ class Checkpoints:
                 say(f"{path} is damaged and is not used ({reason})")
                 path.unlink()
             else:
-                self.resumed = sorted({*found.resumed, found.round})
+                self.resumed, self.lineage = sorted({*found.resumed, found.round}), found.lineage
                 return found
         return None
 

@@ -235,6 +235,11 @@ class Config:
         """Whether cohorts are drawn client by client, as user-level accounting with Poisson sampling demands."""
         return self.privacy.name == "user" and self.privacy.sampling == "poisson"
 
+    @property
+    def fresh_noise(self) -> bool:
+        """Whether a round that is taken again has other noise than before: that of devices, whose seeds are their own."""
+        return bool(self.deploy) and self.privacy.name == "record"
+
     def checked(self) -> Config:
         """This configuration, if its values are possible together; raises ConfigError with one sentence otherwise."""
         validate(self)

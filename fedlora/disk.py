@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
+from typing import IO
 
 
 def write(path: Path, content: bytes, mode: int = 0o666) -> None:
@@ -24,6 +25,22 @@ def write(path: Path, content: bytes, mode: int = 0o666) -> None:
         temporary.unlink(missing_ok=True)
         raise
     flush_names(path.parent)
+
+
+def lock(path: Path) -> IO[str]:
+    """The file, made where it is missing and held until it is closed or the process ends.
+
+    Raises BlockingIOError where another process holds it.
+    """
+    import fcntl  # Windows has none, and only what holds a lock needs it
+
+    file = open(path, "w")  # noqa: SIM115  # held beyond this function
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise
+    return file
 
 
 def flush_names(folder: Path) -> None:

@@ -56,7 +56,9 @@ def run(
     try:
         bench = workbench.build(config)
         state = initial_state(bench, strategy)
-        guard = plan.guard(bench, lambda ledger: ledger.save(recorder.folder / PRIVACY))
+        counted = recorder.folder / PRIVACY
+        before = counted if config.fresh_noise and not config.overwrite else None
+        guard = plan.guard(bench, lambda ledger: ledger.save(counted), before)
         terminal.announce(config, plan.derive(bench, strategy, state, guard))
         recorder.begin(last.history[0] if last else 0)
         course = Course(bench, strategy, guard, recorder, checkpoints, shown, state, started)
@@ -101,7 +103,8 @@ class Course:
         self.last: Checkpoint | None = None
         self.done = 0  # rounds before those of this process
         self.clients: dict[int, RecordDict] | None = None  # what they keep, where the grid has it
-        self.released = Released(recorder.folder / CHECKPOINTS / "released.json") if guard else None
+        seeded = guard is not None and not bench.config.fresh_noise
+        self.released = Released(recorder.folder / CHECKPOINTS / "released.json") if seeded else None
         self.ctrl_c = CtrlC()
         if guard is not None:
             strategy.admit, strategy.release = guard.admit, guard.release
@@ -124,7 +127,7 @@ class Course:
             self.strategy.go_on(self.done, state, self.initial.adapters)
         job = ConfigRecord({messages.EXPERIMENT: config.to_json()})
         if config.deploy:
-            job[messages.BASE] = self.bench.model.digest
+            job[messages.BASE], job[messages.LINEAGE] = self.bench.model.digest, self.checkpoints.lineage
         noisy = ConfigRecord(dict(job))
         if self.guard is not None and self.guard.noise_multipliers:
             noisy[messages.NOISE] = self.guard.noise_multipliers
@@ -163,8 +166,12 @@ class Course:
         return MetricRecord(dict(measured)) if measured else None
 
     def _meet(self, grid: Grid) -> None:
-        """Give clients back what they kept; where only they have it, a run cannot be gone on with."""
-        self.clients = getattr(grid, "states", None if self.strategy.remembered else {})
+        """Give clients back what they kept; where they would lose it with this run, one cannot be gone on with.
+
+        Devices keep it themselves, round by round.
+        """
+        lost = self.strategy.remembered and not self.bench.config.deploy
+        self.clients = getattr(grid, "states", None if lost else {})
         what = f"strategy={self.strategy.name} with compression.up={self.bench.config.compression.up} leaves on its clients"
         if self.clients is None and self.last:
             raise RunError(f"this engine cannot give back what {what}; go on with engine=inline or engine=ray")

@@ -36,6 +36,7 @@ SENDS, PERSONAL, KEEPS, SILENT = "sends", "personal", "keeps", "silent"
 ENCODES, SHARE, CHANGES = "encodes", "share", "changes"
 ADDS = "adds"  # whether replies may be added up on their way
 INIT, DRAWN, RANK = "init", "drawn", "rank"  # and how A began, in which round it was drawn, this client's rank
+LINEAGE = "lineage"  # for devices: what a run and all that went on from it have in common, and no other
 NOISE = "noise-multipliers"  # key of the config, with record-level privacy: σ of every client, by its number
 BASE = "base"  # key of the config, for real devices: digest of the frozen weights that the adapters are made for
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,8 +34,13 @@ if TYPE_CHECKING:
 Derived = list[tuple[str, str, str]]  # name, value, reason
 
 
-def guard(bench: Workbench, save: Callable[[Any], None] = lambda ledger: None) -> Guard | UserGuard | None:
-    """What keeps a private run's budget, its noise derived; None with privacy=none. `save` is given its ledger."""
+def guard(
+    bench: Workbench, save: Callable[[Any], None] = lambda ledger: None, before: Path | None = None
+) -> Guard | UserGuard | None:
+    """What keeps a private run's budget, its noise derived; None with privacy=none. `save` is given its ledger.
+
+    `before` is the file of a ledger that stays counted, whatever of it is taken again; it may be missing.
+    """
     config = bench.config
     if config.privacy.name == "none":
         return None
@@ -42,6 +48,7 @@ def guard(bench: Workbench, save: Callable[[Any], None] = lambda ledger: None) -
         from fedlora.privacy.dp_fedavg import UserGuard
 
         return UserGuard(config.privacy, config.clients, config.cohort_size, config.rounds, config.seed, save)
+    from fedlora.privacy.ledger import Ledger
     from fedlora.privacy.record_level import Client, Guard
 
     drawn = schedule(config.seed, config.rounds, config.clients, config.cohort_size)
@@ -50,7 +57,8 @@ def guard(bench: Workbench, save: Callable[[Any], None] = lambda ledger: None) -
         Client(sampling_rate(config.train.batch_size, n), local_steps(config.train, n), drawn[number])
         for number, n in enumerate(counts)
     ]
-    return Guard(config.privacy, clients, config.rounds, config.cohort_size / config.clients, save)
+    spent = Ledger.load(before) if before and before.exists() else None
+    return Guard(config.privacy, clients, config.rounds, config.cohort_size / config.clients, save, spent)
 
 
 def derive(bench: Workbench, strategy: LoRAStrategy, state: ServerState, guard: Guard | UserGuard | None) -> Derived:

@@ -315,6 +315,9 @@ def test_flowers_runtime_goes_on_too_but_not_where_clients_keep_something(quick,
     course.go_on(last)
     with pytest.raises(RunError, match=r"cannot give back what .*compression.up=int8.* go on with engine=inline"):
         course._meet(object())
+    monkeypatch.setattr(bench.config, "deploy", "here")  # devices have it on their own disks
+    course._meet(object())
+    assert course.clients == last.clients
 
 
 def test_a_full_disk_at_a_checkpoint_ends_the_run_in_one_sentence(quick, monkeypatch) -> None:

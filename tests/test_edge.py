@@ -89,13 +89,28 @@ class Federation:
         registering = [self.start("register", "flwr", "supernode", "register", keys / f"{k}.pub", "test") for k in range(3)]
         assert [process.wait(PATIENCE) for process in registering] == [0, 0, 0]
 
-    def device(self, k: int, name: str = "", keys: str = "keys", key: str = "") -> subprocess.Popen[bytes]:
+    def device(
+        self, k: int, name: str = "", keys: str = "keys", key: str = "", epsilon: float = 0.0
+    ) -> subprocess.Popen[bytes]:
         data, ca, own = self.folder / "data", self.folder / keys / "ca.crt", self.folder / "keys" / (key or str(k))
         return self.start(
             name or f"device-{k}", sys.executable, "-m", "fedlora.deploy.client", "--superlink", f"127.0.0.1:{self.port}",
             "--root-certificates", ca, "--key", own, "--client", k, "--data", data / f"device-{k}.jsonl", "--image", "image",
-            "--device", "cpu", "--epsilon", BUDGETS[k], "--state", self.state(name or k), "--port", free_port(), "--wait", 5,
+            "--device", "cpu", "--epsilon", epsilon or BUDGETS[k], "--state", self.state(name or k), "--port", free_port(),
+            "--wait", 5,
         )  # fmt: skip
+
+    def devices(self) -> list[subprocess.Popen[bytes]]:
+        """Those that run. The SuperNode of one that is killed ends by itself."""
+        return [process for process in self.processes if "fedlora.deploy.client" in process.args and process.poll() is None]
+
+    def server_app(self) -> psutil.Process:
+        """The process of the run that is at work."""
+        (superlink,) = [process for process in self.processes if "flower-superlink" in process.args]
+        below = psutil.Process(superlink.pid).children(recursive=True)
+        alive = [process for process in below if process.status() != psutil.STATUS_ZOMBIE]
+        (found,) = [process for process in alive if "flwr-serverapp" in " ".join(process.cmdline())]
+        return found
 
     def state(self, name: object) -> Path:
         return self.folder / f"state-{name}"
@@ -199,7 +214,7 @@ def test_a_key_that_is_not_registered_and_a_certificate_of_another_ca_are_refuse
 
 def test_a_device_without_budget_and_one_that_is_killed_are_named_and_the_run_goes_on(federation) -> None:
     """After the first test: device 0 has spent 6 of its 8. Device 1 loses its power in mid-round, and returns."""
-    (killed,) = [process for process in federation.processes if "device-1.jsonl" in " ".join(map(str, process.args))]
+    (killed,) = [process for process in federation.devices() if "device-1.jsonl" in " ".join(process.args)]
     rounds = federation.folder / "results" / "bumpy" / "rounds.jsonl"
     bumpy = ["privacy.epsilon=null", "privacy.noise_multiplier=1.5", "train.steps=300", "rounds=2", "min_success=0.3"]
     command = deploy(federation, "name=bumpy", "round_timeout=200", *bumpy)
@@ -230,3 +245,49 @@ def test_a_run_that_fails_exits_with_1_and_says_why(federation) -> None:
     assert done.returncode == 1
     assert "this device clips at 1 or below (--clip), the experiment has privacy.clip=5" in done.stderr
     assert json.loads((federation.folder / "results" / "weak" / "summary.json").read_text())["status"] == "failed"
+
+
+def test_killed_on_every_side_the_same_command_goes_on_to_the_same_bits(federation, small) -> None:
+    """Clients keep a B of their own and what int8 has lost. Round 2 is under way when the server and a device lose power."""
+    for process in federation.devices():
+        process.kill()
+        process.wait()
+    _, stopped = [federation.device(k, epsilon=float("inf")) for k in range(2)]
+    everything = (federation.folder / "data" / "all.jsonl").read_text().splitlines(keepends=True)
+    (federation.folder / "data" / "two.jsonl").write_text("".join(line for line in everything if "device-2" not in line))
+    config = small(
+        strategy__name="fedsa_lora", evaluate__holdout=0.2, evaluate__every=2, compression__up="int8", clients=2, rounds=2,
+        clients_per_round=2, seed=SEED, partition__name="natural", train__steps=4, dataset__name="files",
+        dataset__image="image", dataset__group="device", dataset__classes=[str(digit) for digit in range(10)],
+        dataset__path=f"{federation.folder}/data/two.jsonl", dataset__test_fraction=0.0, name="simulated",
+    )  # fmt: skip
+    experiment.run(config, time.perf_counter())
+    command = ["strategy=fedsa_lora", "evaluate.holdout=0.2", "evaluate.every=2", "compression.up=int8", "privacy=none"]
+    command += ["clients=2", "fraction=1", "rounds=2", "train.steps=4", f"seed={SEED}", "dataset=files", "dataset.image=image"]
+    command += [CLASSES, "device=cpu", "deploy=test", f"patience={PATIENCE}", "name=killed"]
+    command += [f"results={federation.folder}/results"]
+    driver = federation.start("killed", sys.executable, ROOT / "run.py", *command)
+    home, server = federation.folder / "results" / "killed", federation.folder / "server" / "fedlora" / "killed"
+    until(lambda: (server / "rounds.jsonl").exists() and len(rows_of(server)) == 2, "the end of round 1")
+    os.kill(stopped.pid, signal.SIGSTOP)
+    until(lambda: list(federation.state(0).glob("kept/*/round-00002")), "round 2 on device 0")
+    app = federation.server_app()
+    for process in (app, driver, stopped):
+        process.kill()
+    number = (home / "flower-run").read_text()
+    federation.device(1, epsilon=float("inf"))
+    stop = federation.start("stop", "flwr", "stop", number, "test")  # else the SuperLink takes a minute to miss the ServerApp
+    assert stop.wait(PATIENCE) == 0
+    done = run_py(*command, env=federation.environment, timeout=PATIENCE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    simulated = Path(config.results) / "simulated"
+    assert json.loads((home / "summary.json").read_text())["resumed"] == [1]
+    assert [line.split(":")[0] for line in federation.log("device-0").splitlines() if line.startswith("round")][-3:] == [
+        "round 1", "round 2", "round 2"
+    ]  # fmt: skip
+    file = "adapter/adapter_model.safetensors"
+    assert (home / file).read_bytes() == (simulated / file).read_bytes()
+    ours, theirs = rows_of(home), rows_of(simulated)
+    for key in ("round", "client_accuracy", "client_loss", "update_norm", "bytes_up", "bytes_down", "drops"):
+        assert [row.get(key) for row in ours] == [row.get(key) for row in theirs]
+    assert {path.name for path in home.iterdir()} == {path.name for path in simulated.iterdir()}

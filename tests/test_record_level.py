@@ -68,6 +68,35 @@ def test_a_client_stops_before_it_would_exceed_its_budget() -> None:
     assert guard.spent()["clients_stopped"] == 2 and guard.spent()["epsilon_lower_quartile"] == 0.0
 
 
+def test_a_round_that_is_taken_again_with_other_noise_goes_off_those_to_come() -> None:
+    """Devices: the file has round 2, of which the checkpoint after round 1 knows nothing."""
+    config = PrivacyConfig("record", epsilon=3.0)
+
+    def begun(before: Ledger | None = None, **changes) -> Guard:
+        settings = PrivacyConfig(**vars(config) | changes)
+        return Guard(settings, [Client(0.25, 10, 4), Client(0.25, 10, 5)], 5, 1.0, lambda ledger: None, before)
+
+    guard = begun()
+    guard.admit(1, [0, 1])
+    memory = guard.memory()
+    even = begun(Ledger.from_json(memory["ledger"]))  # broken off right after the checkpoint: nothing is twice
+    even.go_on(memory)
+    for round, cohort in enumerate([[0, 1], [0, 1], [0, 1], [1]], start=2):
+        assert even.admit(round, cohort) == cohort
+    assert not even.stopped and 2.98 <= even.spent()["epsilon_max"] <= 3.0
+    guard.admit(2, [0])
+    again = begun(guard.ledger)
+    again.go_on(memory)
+    assert again.spent()["epsilon_max"] == guard.spent()["epsilon_max"] > begun(even.before).spent()["epsilon_max"]
+    for round in (2, 3):
+        assert again.admit(round, [0, 1]) == [0, 1]
+    assert sum(again.ledger.history(0).values()) == 40 and sum(again.ledger.history(1).values()) == 30
+    assert again.admit(4, [0, 1]) == [1] and list(again.stops) == [0]
+    careless = begun(guard.ledger, participation="expected")  # which is no guarantee, and stops nobody
+    careless.go_on(memory)
+    assert [careless.admit(round, [0, 1]) for round in range(2, 9)] == [[0, 1]] * 7
+
+
 def test_what_is_reported_is_what_the_ledger_says_and_only_what_has_changed_is_computed(monkeypatch) -> None:
     guard = Guard(PrivacyConfig("record", noise_multiplier=1.5), CLIENTS, 10, 0.35, lambda ledger: None)
     assert guard.spent()["epsilon_max"] == 0.0

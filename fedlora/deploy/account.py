@@ -9,7 +9,6 @@ server sends a round again, not in another run, not after a kill.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import secrets
@@ -84,12 +83,10 @@ class Account:
 
 
 def _locked(path: Path) -> IO[str]:
-    file = open(path, "w")  # noqa: SIM115  # held as long as the process lives
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return disk.lock(path)
     except BlockingIOError as error:
         raise ConfigError(f"--state {path.parent} is used by another fedlora-client; stop it, or choose another") from error
-    return file
 
 
 def _secret(path: Path) -> str:

@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         "--cache", type=float, default=1.0, metavar="GB", help="for what frozen blocks make of the examples (default: 1)"
     )
     own.add_argument("--state", type=Path, default=Path.home() / ".fedlora-client", metavar="FOLDER",
-        help="ledger and seed (default: ~/.fedlora-client)")  # fmt: skip
+        help="ledger, seed, and what it keeps from round to round (default: ~/.fedlora-client)")  # fmt: skip
     own.add_argument(
         "--port", type=int, default=9094, help="of the SuperNode on 127.0.0.1; one each for devices on one machine"
     )

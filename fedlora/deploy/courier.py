@@ -23,11 +23,15 @@ MARK, PIECE = "fedlora", 48_000  # bytes of a file in one line
 
 
 class Sender(io.TextIOBase):
-    """Says the files of a folder, and what is printed to it; `write_line` takes a whole line. For several threads."""
+    """Says the files of a folder, and what is printed to it; `write_line` takes a whole line. For several threads.
+
+    `sent` has the names of the files that went.
+    """
 
     def __init__(self, folder: Path, write_line: Callable[[str], object]) -> None:
         self.folder, self.write_line = folder, write_line
-        self._sent = self._rows = 0
+        self.sent: set[str] = set()
+        self._lines = self._rows = 0
         self._begun = ""  # a line that is not whole yet
         self._lock = threading.Lock()
 
@@ -51,17 +55,20 @@ class Sender(io.TextIOBase):
     def files(self, name: str) -> None:
         """A file, or all that are in a folder, by its path within the folder; nothing where there is none."""
         for path in sorted((self.folder / name).rglob("*")) or [self.folder / name]:
-            if not path.is_file():
-                continue
-            content, inner = path.read_bytes(), path.relative_to(self.folder).as_posix()
-            for start in range(0, len(content), PIECE):
-                self._line("part", inner, base64.b64encode(content[start : start + PIECE]).decode())
-            self._line("end", inner)
+            if path.is_file():
+                self.file(path.relative_to(self.folder).as_posix(), path.read_bytes())
+
+    def file(self, name: str, content: bytes) -> None:
+        """A file of this name and content."""
+        for start in range(0, len(content), PIECE):
+            self._line("part", name, base64.b64encode(content[start : start + PIECE]).decode())
+        self._line("end", name)
+        self.sent.add(name)
 
     def _line(self, *words: str) -> None:
         with self._lock:
-            self.write_line(" ".join([MARK, str(self._sent), *words]) + "\n")
-            self._sent += 1
+            self.write_line(" ".join([MARK, str(self._lines), *words]) + "\n")
+            self._lines += 1
 
 
 class Receiver:

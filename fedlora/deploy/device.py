@@ -6,26 +6,30 @@ much privacy at least; an experiment that asks for less is refused before anythi
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-from flwr.app import ConfigRecord, Context, Message, MessageType, MetricRecord, UserConfig
+from flwr.app import ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict, UserConfig
 
 from clients.app import SECRET, SERIAL, app
+from clients.start import LASTING
 from clients.task import local_steps, sampling_rate
 from fedlora import messages, workbench
 from fedlora.check import RunError
-from fedlora.config import Config, DatasetConfig, EngineConfig, PartitionConfig
+from fedlora.config import CheckpointConfig, Config, DatasetConfig, EngineConfig, PartitionConfig
 from fedlora.data import partition
 from fedlora.deploy.account import Account
+from fedlora.deploy.memory import Memory
 
 PUBLIC = (messages.CLIENT, messages.EXAMPLES, "seconds", "cohort", "steps")  # what a private round tells besides its update
 NOT_ASKED = (
     "name", "results", "overwrite", "plan", "save_merged", "deploy", "min_online", "patience", "device", "engine", "partition",
-    "dataset",
+    "dataset", "checkpoint",
 )  # fmt: skip
 
 
@@ -47,10 +51,14 @@ class Device:
 
     def __init__(self, own: Holdings, account: Account, say: Callable[[str], object] = print) -> None:
         self.own, self.account, self.say = own, account, say
+        self.memory = Memory(account.folder, say)
         self._localised: dict[str, Config] = {}
 
     def __call__(self, message: Message, context: Context) -> Message:
-        """The reply; `context.state` is changed as the ClientApp changes it."""
+        """The reply; `context.state` is changed as the ClientApp changes it.
+
+        It lives as long as the Flower run. What a later round begins with is on disk before the reply leaves.
+        """
         kind = message.metadata.message_type
         place = UserConfig({"partition-id": self.own.client, messages.EXAMPLES: self.own.examples})
         if kind == MessageType.QUERY:
@@ -58,14 +66,21 @@ class Device:
         job = message.content.config_records[messages.CONFIG]
         config = self.localised(str(job[messages.EXPERIMENT]))
         same_base(config, job)
+        key, round = identity(job), int(job[messages.ROUND])  # type: ignore[arg-type]
         if kind == MessageType.TRAIN:
             place |= self.admit(config, job, message.metadata.run_id)
+            context.state = self.memory.newest(key, round - 1)
         elif kind == MessageType.EVALUATE and math.isfinite(self.account.limits.epsilon):
             raise RunError("this device keeps the accuracy on its own examples to itself, since no ε covers it")
+        elif kind == MessageType.EVALUATE:
+            context.state = self.memory.newest(key, round)
         message.content[messages.CONFIG] = ConfigRecord(dict(job) | {messages.EXPERIMENT: config.to_json()})
         own = _within(context, place)
         reply = app(message, own)
         context.state = own.state
+        if kind == MessageType.TRAIN:
+            lasting = RecordDict({name: own.state[name] for name in LASTING if name in own.state})
+            self.memory.keep(key, round, lasting, goes_back(config.checkpoint, round))
         if kind == MessageType.TRAIN and config.privacy.name == "record":
             told = reply.content.metric_records[messages.METRICS]
             reply.content[messages.METRICS] = MetricRecord({name: told[name] for name in PUBLIC if name in told})
@@ -92,6 +107,20 @@ class Device:
         serial = self.account.admit({"run": run, "round": round, "clip": config.privacy.clip}, sigma, rate, steps)
         self.say(f"round {round}: {steps} steps with σ = {sigma:.4g}; with it ε = {self.account.spent:.4g} is spent")
         return {SECRET: self.account.secret, SERIAL: serial}
+
+
+def identity(job: ConfigRecord) -> str:
+    """A name for what is asked, the same wherever the server goes on with it, and another where it begins anew."""
+    asked = _asked(Config.from_json(str(job[messages.EXPERIMENT])))
+    text = json.dumps([asked, job.get(messages.LINEAGE, "")], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def goes_back(config: CheckpointConfig, round: int) -> int:
+    """The round after which a server that is broken off in this one stands, with the oldest of its checkpoints."""
+    if not config.every:
+        return round  # it begins anew
+    return max(0, (round - 1) // config.every - config.keep + 1) * config.every
 
 
 def localised(own: Holdings, config: Config) -> Config:

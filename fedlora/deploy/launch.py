@@ -27,6 +27,7 @@ ENDED = "finished"  # how the status of a run begins that goes on no more
 COMPLETED = "finished:completed"  # and of one that ended without an error
 OWN_PROCESS: dict[str, Any] = {"text": True, "encoding": "utf-8", "start_new_session": True}  # Ctrl-C is for us
 RETRY = 3.0  # seconds until a SuperLink out of reach is tried again
+RUN = "flower-run"  # a file of the results folder, while its records come: the number of the run
 
 
 def run(config: Config, project: Path) -> dict[str, Any]:
@@ -40,24 +41,16 @@ def run(config: Config, project: Path) -> dict[str, Any]:
         terminal.say(f"{recorder.folder} is finished, with these settings; overwrite=true runs it again")
         return recorder.summary()
     recorder.claim()
-
-    def row(line: str) -> None:
-        recorder.round(json.loads(line))
-
-    def file(name: str, content: bytes) -> None:
-        if name == SUMMARY:
-            recorder.close(json.loads(content))
-            return
-        path = recorder.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        disk.write(path, content)
-
-    number = start(config, project)
+    number, ended = underway(recorder), ""
     try:
-        with stopping(config, number):
-            recorder.begin()
-            ended = follow(config, number, Receiver(terminal.say, row, file))
+        if number:
+            terminal.say(f"run {number} on the SuperLink of {config.deploy} still goes on, and is followed from here")
+            ended = bring(recorder, number)
+        if not number or not recorder.summary():
+            number = start(config, project)
+            ended = bring(recorder, number)
     except KeyboardInterrupt:
+        (recorder.folder / RUN).unlink(missing_ok=True)
         outcome = {"status": "interrupted", "reason": "stopped by Ctrl-C"}
         recorder.close(report.summarise(config, report.read_rounds(recorder.folder)) | outcome)
         return recorder.summary()
@@ -93,6 +86,43 @@ def start(config: Config, project: Path) -> str:
         ctrl_c.check()
         terminal.say(f"run {number} on the SuperLink of {config.deploy}")
     return number
+
+
+def underway(recorder: Recorder) -> str:
+    """The number of the run whose records an earlier process was bringing here, if it still goes on; else an empty text."""
+    if recorder.config.overwrite:
+        return ""
+    try:
+        number = (recorder.folder / RUN).read_text(encoding="utf-8")
+        about = _answer("list", str(recorder.config.deploy), "--run-id", number)["runs"][0]
+    except (OSError, RunError):  # a SuperLink that does not know it any more, most likely
+        return ""
+    return "" if str(about["status"]).startswith(ENDED) else number
+
+
+def bring(recorder: Recorder, number: str) -> str:
+    """Takes all records of the run, from its beginning on; returns how it ended, as Flower says it.
+
+    The number stays in the folder until then, so that the same command finds the run again.
+    """
+
+    def row(line: str) -> None:
+        recorder.round(json.loads(line))
+
+    def file(name: str, content: bytes) -> None:
+        if name == SUMMARY:
+            recorder.close(json.loads(content))
+            return
+        path = recorder.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        disk.write(path, content)
+
+    with stopping(recorder.config, number):
+        disk.write(recorder.folder / RUN, number.encode())
+        recorder.begin()
+        ended = follow(recorder.config, number, Receiver(terminal.say, row, file))
+    (recorder.folder / RUN).unlink()
+    return ended
 
 
 @contextmanager

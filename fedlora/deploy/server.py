@@ -2,16 +2,18 @@
 
 The server has the base model, and a test set if `dataset.test` names one here; it has no training data. How many examples
 each device has, which σ and the weights depend on, the devices say in a roll call.
+
+    $FLWR_HOME/fedlora/<name>    its results folder, which stays: a run that is broken off goes on from the checkpoints in it
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from functools import partial
@@ -19,16 +21,20 @@ from pathlib import Path
 
 from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.utils import get_flwr_home
 
-from fedlora import messages, terminal
-from fedlora.check import RunError
+from fedlora import disk, messages, terminal
+from fedlora.check import ConfigError, RunError
 from fedlora.config import Config, EngineConfig
 from fedlora.deploy.courier import Sender
 from fedlora.engines.inline import InlineEngine
-from fedlora.records import ADAPTER, CURVES, MERGED, PRIVACY, SUMMARY
+from fedlora.records import ADAPTER, CURVES, MERGED, PRIVACY, SUMMARY, Recorder, folder_name, run_name
+from strategies import LoRAStrategy
 from strategies.rollcall import RollCall
 
 POLL = 0.3  # seconds from one look for replies to the next
+STOPPING = 60.0  # seconds that a ServerApp whose run was stopped may take to notice: two heartbeats
+LOCK = "lock"
 HOME = (PRIVACY, ADAPTER, MERGED, CURVES, SUMMARY)  # what goes back besides the rounds; the mark of the end comes last
 
 app = ServerApp()
@@ -43,16 +49,49 @@ def main(grid: Grid, context: Context) -> None:
     started = time.perf_counter()
     asked = Config.from_json(str(context.run_config[messages.EXPERIMENT]))
     grid.send_and_receive = partial(send_and_receive, grid)  # type: ignore[method-assign]
-    with tempfile.TemporaryDirectory(prefix="fedlora-") as folder:
-        config = replace(asked, results=folder, name="run", engine=EngineConfig(name="inline"))
-        with sending(Path(folder) / "run"):
+    name, results = folder_name(asked.name or run_name(asked)), get_flwr_home() / "fedlora"
+    config = replace(asked, results=str(results), name=name, engine=EngineConfig(name="inline"))
+    sender = Sender(results / name, sys.stdout.write)
+    try:
+        with redirect_stdout(sender):
             strategy = experiment.make_strategy(config)
             strategy.roll.say = terminal.say
-            config = replace(config, partition=replace(config.partition, sizes=sizes(grid, config, strategy.roll)))
             if config.plan:
-                experiment.foretell(replace(config, results=asked.results, name=asked.name), strategy)
-            else:
-                experiment.run(config, started, engine=InlineEngine(grid), strategy=strategy)
+                experiment.foretell(replace(met(grid, config, strategy), results=asked.results, name=asked.name), strategy)
+                return
+            with alone(results / name):
+                config = met(grid, config, strategy)
+                recorder = Recorder(config)  # refuses a folder of other settings, none of which is sent
+                if not recorder.finished:
+                    (recorder.folder / SUMMARY).unlink(missing_ok=True)  # how it ended when it was broken off
+                try:
+                    experiment.run(config, started, engine=Devices(grid, sender), strategy=strategy)
+                finally:
+                    sender.rounds()
+                    for file in HOME:
+                        sender.files(file)
+    except (ConfigError, RunError) as error:
+        if SUMMARY not in sender.sent:
+            sender.file(SUMMARY, json.dumps({"status": "failed", "reason": str(error)}).encode())
+        raise
+
+
+def met(grid: Grid, config: Config, strategy: LoRAStrategy) -> Config:
+    """The experiment with the numbers of examples that the devices have; the strategy knows then who is who."""
+    return replace(config, partition=replace(config.partition, sizes=sizes(grid, config, strategy.roll)))
+
+
+class Devices(InlineEngine):
+    """The devices of a SuperLink. The rounds are sent as they come, from when the records are cut to what is gone on from."""
+
+    def __init__(self, grid: Grid, sender: Sender) -> None:
+        super().__init__(grid)
+        self.sender = sender
+
+    def run(self, drive: Callable[[Grid], object]) -> None:
+        """Call `drive`, and send each round as soon as it is on disk."""
+        with following(self.sender):
+            super().run(drive)
 
 
 def sizes(grid: Grid, config: Config, roll: RollCall) -> list[int]:
@@ -88,9 +127,33 @@ def send_and_receive(grid: Grid, messages: Iterable[Message], *, timeout: float 
 
 
 @contextmanager
-def sending(folder: Path) -> Iterator[None]:
-    """While this lasts, what is printed and new rounds in the folder are said at once; at its end, the files."""
-    sender, done = Sender(folder, sys.stdout.write), threading.Event()
+def alone(folder: Path) -> Iterator[None]:
+    """While this lasts, no other run writes into the folder. Raises RunError where one does, and does not end meanwhile."""
+    deadline = time.monotonic() + STOPPING
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = disk.lock(folder / LOCK)
+            break
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                raise RunError(
+                    f"name={folder.name}: another run is writing to {folder} on the server; wait for its end, stop it by "
+                    "flwr stop, or choose another name"
+                ) from error
+            time.sleep(POLL)
+        except OSError as error:
+            raise ConfigError(
+                f"FLWR_HOME={folder.parent.parent}: the server cannot write {folder} ({error.strerror}); choose another folder"
+            ) from error
+    with file:
+        yield
+
+
+@contextmanager
+def following(sender: Sender) -> Iterator[None]:
+    """While this lasts, each new round is sent at once."""
+    done = threading.Event()
 
     def follow() -> None:
         while not done.wait(POLL):
@@ -99,11 +162,7 @@ def sending(folder: Path) -> Iterator[None]:
     thread = threading.Thread(target=follow, name="courier")
     thread.start()
     try:
-        with redirect_stdout(sender):
-            yield
+        yield
     finally:
         done.set()
         thread.join()
-        sender.rounds()
-        for name in HOME:
-            sender.files(name)

@@ -32,23 +32,32 @@ class Client:
 class Guard:
     """Keeps the ledger of a simulated run, written ahead of every round, and lets nobody past its budget.
 
-    `save` is called with the ledger whenever it has changed, before anything is sent.
+    `save` is called with the ledger whenever it has changed, before anything is sent. `before` is what is spent already, for
+    good: noise that rounds taken again do not have again. What they spend twice then goes off the rounds to come.
     """
 
     release = None  # what a client sends is private already
 
     def __init__(
-        self, config: PrivacyConfig, clients: list[Client], rounds: int, fraction: float, save: Callable[[Ledger], None]
+        self,
+        config: PrivacyConfig,
+        clients: list[Client],
+        rounds: int,
+        fraction: float,
+        save: Callable[[Ledger], None],
+        before: Ledger | None = None,
     ) -> None:
         self.config, self.clients, self.save = config, clients, save
-        self.ledger = Ledger()
+        self.before = before or Ledger()
+        self.ledger = Ledger().at_least(self.before)
         self.noise_multipliers = noise_multipliers(config, clients, rounds, fraction)
-        # σ that was derived from the schedule meets the budget by itself; a σ that was given may not.
-        self.limit = config.epsilon if config.noise_multiplier is not None else None
+        # σ that was derived from the schedule meets the budget by itself; a σ that was given, or a round taken twice, may not.
+        twice = self.before != Ledger() and config.participation != "expected"
+        self.limit = config.epsilon if config.noise_multiplier is not None or twice else None
         self.stops: dict[int, str] = {}  # of the newest round: client → why it takes part no more
         self.stopped: set[int] = set()
         self._epsilons = np.zeros(len(clients))  # spent, but by the clients of `_outdated`
-        self._outdated: set[int] = set()
+        self._outdated = set(self.ledger)
 
     def admit(self, round: int, cohort: list[int]) -> list[int]:
         """The clients of the cohort whose budget allows this round; their steps are in the ledger when this returns.
@@ -78,7 +87,8 @@ class Guard:
 
     def go_on(self, memory: dict[str, Any]) -> None:
         """Be as the guard was whose memory this is."""
-        self.ledger, self.stopped = Ledger.from_json(memory["ledger"]), set(memory["stopped"])
+        self.ledger = Ledger.from_json(memory["ledger"]).at_least(self.before)
+        self.stopped = set(memory["stopped"])
         self._outdated = set(self.ledger)
 
     def spent(self) -> dict[str, Any]:
