@@ -1,10 +1,12 @@
-"""Files that are whole or not there, whenever the process or the machine stops."""
+"""Files that are whole or not there, whenever the process or the machine stops, and folders that one process has to itself."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 
 def write(path: Path, content: bytes, mode: int = 0o666) -> None:
@@ -24,6 +26,22 @@ def write(path: Path, content: bytes, mode: int = 0o666) -> None:
         temporary.unlink(missing_ok=True)
         raise
     flush_names(path.parent)
+
+
+def lock(path: Path) -> BinaryIO:
+    """The file, this process's own until it is closed or the process ends, however it ends; nothing stale is left.
+
+    Raises BlockingIOError where another process has it, and OSError where the file system has no locks.
+    """
+    # flock, and a file that is open for writing: between machines on NFS, Linux makes it a lock of the server's (unless it is
+    # mounted with nolock or local_lock), which the server takes back when a machine is gone.
+    file = open(path, "ab")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise
+    return file
 
 
 def flush_names(folder: Path) -> None:

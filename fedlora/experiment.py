@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 
 from fedlora import engines, messages, plan, ranks, report, terminal, workbench
 from fedlora.check import RunError
-from fedlora.checkpoint import Checkpoint, Checkpoints, Released, history
+from fedlora.checkpoint import Checkpoint, Checkpoints, Released
 from fedlora.config import Config
 from fedlora.evaluate import evaluate
 from fedlora.interrupt import CtrlC
@@ -39,10 +39,19 @@ def run(
     Raises ConfigError before any training, and RunError where the run cannot go on; Ctrl-C ends it with what there is.
     """
     recorder = Recorder(config)
-    if recorder.finished:
-        terminal.say(f"{recorder.folder} is finished, with these settings; overwrite=true runs it again")
-        return recorder.summary()
-    recorder.claim()
+    if not recorder.finished:
+        with recorder.claim():
+            if not recorder.finished:  # as it may be, by whoever had it until now
+                return play(recorder, started, app, engine_name, engine)
+    terminal.say(f"{recorder.folder} is finished, with these settings; overwrite=true runs it again")
+    return recorder.summary()
+
+
+def play(
+    recorder: Recorder, started: float, app: str, engine_name: str | None, engine: engines.Engine | None
+) -> dict[str, Any]:
+    """Run what `run` was asked for, in a folder that is claimed."""
+    config = recorder.config
     checkpoints = Checkpoints(recorder.folder / CHECKPOINTS, config.checkpoint)
     last = None if config.overwrite else checkpoints.newest(recorder.folder / ROUNDS, terminal.say)
     if last:
@@ -141,7 +150,7 @@ class Course:
         self.recorder.round(row)
         self.state = state
         if self.clients is not None and self.checkpoints.due(round, config.rounds):
-            memory, lines = self.guard.memory() if self.guard else {}, history(self.recorder.folder / ROUNDS)
+            memory, lines = self.guard.memory() if self.guard else {}, self.recorder.history()
             self.checkpoints.save(Checkpoint(round, asdict(config), state, self.clients, memory, lines))
         self.shown.finished(row)
         self.ctrl_c.check()

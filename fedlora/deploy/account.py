@@ -9,13 +9,12 @@ server sends a round again, not in another run, not after a kill.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 from fedlora import disk
 from fedlora.check import ConfigError, RunError
@@ -83,13 +82,11 @@ class Account:
         self._lock.close()
 
 
-def _locked(path: Path) -> IO[str]:
-    file = open(path, "w")  # noqa: SIM115  # held as long as the process lives
+def _locked(path: Path) -> BinaryIO:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return disk.lock(path)
     except BlockingIOError as error:
         raise ConfigError(f"--state {path.parent} is used by another fedlora-client; stop it, or choose another") from error
-    return file
 
 
 def _secret(path: Path) -> str:
