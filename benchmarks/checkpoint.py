@@ -2,8 +2,10 @@
 
     python -m benchmarks.checkpoint rounds=10
     python -m benchmarks.checkpoint rounds=10 strategy=fedsa_lora evaluate.holdout=0.2
+    python -m benchmarks.checkpoint --states 1000
 
-The arguments are those of run.py. Every round of the run has a checkpoint; the results go into a temporary folder.
+The arguments are those of run.py. Every round of the run has a checkpoint; the results go into a temporary folder. With
+--states nothing is trained: so many clients keep 24 kB each, and 10 of them have changed since the last checkpoint.
 """
 
 from __future__ import annotations
@@ -15,36 +17,62 @@ import tempfile
 import time
 from pathlib import Path
 
-from fedlora import experiment
+import numpy as np
+from flwr.app import RecordDict
+
+from fedlora import experiment, messages
 from fedlora.check import ConfigError
 from fedlora.checkpoint import Checkpoint, Checkpoints
 from fedlora.cli import compose
+from fedlora.config import CheckpointConfig
+from fedlora.messages import ServerState
+
+written: list[tuple[float, int]] = []  # seconds and bytes
+save = Checkpoints.save
 
 
-def main(overrides: list[str]) -> None:
-    """Run the experiment and print the medians."""
-    written: list[tuple[float, int]] = []
-    save = Checkpoints.save
+def timed(self: Checkpoints, checkpoint: Checkpoint) -> None:
+    """`Checkpoints.save`, measured."""
+    began = time.perf_counter()
+    save(self, checkpoint)
+    seconds = time.perf_counter() - began
+    written.append((seconds, (self.folder / f"round-{checkpoint.round:05d}.safetensors").stat().st_size))
 
-    def timed(self: Checkpoints, checkpoint: Checkpoint) -> None:
-        began = time.perf_counter()
-        save(self, checkpoint)
-        size = next(self.folder.glob(f"round-{checkpoint.round:05d}*")).stat().st_size
-        written.append((time.perf_counter() - began, size))
 
+def of_a_run(overrides: list[str], folder: str) -> str:
+    """Run the experiment; what a round of it takes."""
     logging.getLogger("flwr").setLevel(logging.ERROR)
+    config = compose(Path("configs"), [*overrides, f"results={folder}"])
+    if not config.checkpoint.every:
+        raise ConfigError("checkpoint.every=0 writes no checkpoints to measure; set it to 1")
+    summary = experiment.run(config, time.perf_counter())
+    a_round = (summary["seconds"] - summary["seconds_to_first_round"]) / summary["rounds"]
+    return f"a round: {1000 * a_round:.0f} ms"
+
+
+def of_states(number: int, folder: str) -> str:
+    """Twenty checkpoints after the one with every state; how long that one takes."""
+    rng = np.random.default_rng(0)
+
+    def state() -> RecordDict:
+        layers = [rng.standard_normal((64, 8)).astype(np.float32) for _ in range(12)]
+        return RecordDict({"personal": messages.record({f"{k}.lora_B.weight": layer for k, layer in enumerate(layers)})})
+
+    checkpoints, clients = Checkpoints(Path(folder) / "checkpoints", CheckpointConfig()), {k: state() for k in range(number)}
+    for round in range(21):
+        checkpoints.save(Checkpoint(round, {}, ServerState({}), clients, {}, (0, "")))
+        clients |= {int(client): state() for client in rng.integers(number, size=10)}
+    return f"the first, with all {number} states: {1000 * written.pop(0)[0]:.0f} ms"
+
+
+def main(arguments: list[str]) -> None:
+    """Print the medians."""
     Checkpoints.save = timed  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
-        config = compose(Path("configs"), [*overrides, f"results={folder}"])
-        if not config.checkpoint.every:
-            raise ConfigError("checkpoint.every=0 writes no checkpoints to measure; set it to 1")
-        summary = experiment.run(config, time.perf_counter())
+        beside = of_states(int(arguments[1]), folder) if arguments[:1] == ["--states"] else of_a_run(arguments, folder)
     seconds = [1000 * each for each, _ in written]
-    a_round = (summary["seconds"] - summary["seconds_to_first_round"]) / summary["rounds"]
-    print(
-        f"checkpoint: {statistics.median(seconds):.2g} ms ({min(seconds):.2g} to {max(seconds):.2g}), "
-        f"{written[-1][1]:,} bytes at the end; a round: {1000 * a_round:.0f} ms"
-    )
+    spread = f"{statistics.median(seconds):.2g} ms ({min(seconds):.2g} to {max(seconds):.2g})"
+    print(f"checkpoint: {spread}, {written[-1][1]:,} bytes at the end; {beside}")
 
 
 if __name__ == "__main__":

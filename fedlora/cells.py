@@ -153,7 +153,10 @@ class SideBySide:
     """Plays cells on so many workers at a time."""
 
     def __init__(self, recorders: list[Recorder], workers: int, gpus: float) -> None:
-        self.recorders, self.workers, self.gpus = recorders, workers, gpus
+        from fedlora.engines import cluster
+
+        self.recorders, self.workers, self.nodes = recorders, workers, cluster.Nodes(gpus)
+        self.grows = recorders[0].config.engine.workers is None and recorders[0].config.engine.address is not None
         self.rising: dict[Any, Seat] = {}  # by the reference to where they are, until it is there
         self.idle: list[Seat] = []
         self.waiting: deque[tuple[tuple[int, ...], int]] = deque()  # numbers of cells in step, and attempts left
@@ -170,7 +173,7 @@ class SideBySide:
         terminal.say(f"{len(numbers)} of {len(self.recorders)} cells side by side, {self.workers} at a time")
         shown = terminal.Cells({number: self.recorders[number] for number in numbers})
         try:
-            with shown, CtrlC() as ctrl_c:
+            with shown, CtrlC() as ctrl_c, terminal.notes():
                 engine = self.recorders[numbers[0]].config.engine
                 start_ray(replace(engine, workers=self.workers))
                 self.waiting.extend((together, ATTEMPTS) for together in in_step)
@@ -179,6 +182,9 @@ class SideBySide:
                 while self.waiting or self.running:
                     while self.waiting and self.idle:
                         self._begin(self.idle.pop(), *self.waiting.popleft())
+                    if self.grows and self.waiting and not self.rising:  # what a cluster says of its room lags behind
+                        for _ in range(min(self.nodes.free(), len(self.waiting))):
+                            self._seat()
                     for task in ray.wait([*self.running, *self.rising], timeout=1.0)[0]:
                         self._rise(task) if task in self.rising else self._end(task)
                     shown.update(self.ended, [number for _, numbers, _ in self.running.values() for number in numbers])
@@ -195,23 +201,27 @@ class SideBySide:
         from fedlora.engines import cluster
 
         driver = cluster.driver(self.recorders[0].config)
-        player = cluster.actor(Player, self.gpus).remote(sys.argv, driver)
+        player = self.nodes.place(cluster.actor(Player, self.nodes.gpus)).remote(sys.argv, driver)
         seat = Seat(player, player.place.remote())
         self.rising[seat.place] = seat
 
     def _rise(self, task: Any) -> None:
-        """A player is up, or its node has left; raises RunError where the node cannot play."""
+        """A player is up, or its node has left or lacks something; raises RunError where no node can play."""
         import ray
+
+        from fedlora.engines import cluster
 
         seat = self.rising.pop(task)
         try:
             ray.get(task)
             self.idle.append(seat)
         except ray.exceptions.RayActorError as error:
-            if error.actor_init_failed:
-                from fedlora.engines import cluster
-
+            if error.actor_init_failed and cluster.joined is None:
                 raise cluster.cause(error) from error
+            if error.actor_init_failed:
+                self.nodes.bar(seat.player, error)
+                if not (self.idle or self.running):
+                    self.nodes.check()
             self._seat()
 
     def _label(self, number: int) -> str:

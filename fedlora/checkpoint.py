@@ -1,6 +1,7 @@
 """What a run that was broken off goes on from: all of a round's end that neither the settings nor the seed give.
 
-    checkpoints/round-00012.safetensors     arrays: the server's state, and what each client keeps
+    checkpoints/round-00012.safetensors     arrays: the server's state, and what each client keeps, as far as it has changed
+                                            since the last one; the files of earlier rounds that have the rest stay
                                             metadata: the rest as one line of JSON, and a digest of everything
     checkpoints/released.json               a private run: which state each round left, by digest
 
@@ -30,7 +31,7 @@ from fedlora.config import CheckpointConfig
 from fedlora.lowrank import Pair
 from fedlora.messages import ServerState
 
-VERSION = 1  # of the files
+VERSION = 2  # of the files
 SERVER, EXTRA, CLIENT = "server/", "extra/", "client/"  # what names of arrays begin with
 
 
@@ -46,6 +47,7 @@ class Checkpoint:
     history: tuple[int, str]  # bytes of rounds.jsonl and their digest
     resumed: list[int] = field(default_factory=list)  # rounds after which the run was continued before
     lineage: str = ""  # what this run and all that went on from it have in common, and no other
+    elsewhere: dict[int, int] = field(default_factory=dict)  # clients whose state is in the file of an earlier round, and which
 
     def to_bytes(self) -> bytes:
         """The file."""
@@ -53,7 +55,7 @@ class Checkpoint:
         parts = {SERVER: messages.named(state.adapters, state.dense, "AB", state.base_correction), EXTRA: state.extra}
         arrays = {prefix + name: np.asarray(array, order="C") for prefix, part in parts.items() for name, array in part.items()}
         for node, kept in self.clients.items():
-            arrays[f"{CLIENT}{node}"] = np.frombuffer(recorddict_to_proto(kept).SerializeToString(), np.uint8)
+            arrays[f"{CLIENT}{node}"] = np.frombuffer(_serialized(kept), np.uint8)
         rest = {key: value for key, value in vars(self).items() if key not in ("state", "clients")}
         text = json.dumps({"version": VERSION, "scale": state.scale} | rest)
         return numpy.save(arrays, {"checkpoint": text, "digest": messages.digest(arrays, text)})
@@ -74,7 +76,8 @@ class Checkpoint:
             adapters = {layer: Pair(**both) for layer, both in server.factors.items()}
             state = ServerState(adapters, server.dense, server.correction, rest.pop("scale"), _under(EXTRA, arrays))
             clients = {int(node): _kept(array) for node, array in _under(CLIENT, arrays).items()}
-            return cls(**rest | {"state": state, "clients": clients, "history": tuple(rest["history"])})
+            elsewhere = {int(node): round for node, round in rest["elsewhere"].items()}
+            return cls(**rest | {"state": state, "clients": clients, "history": tuple(rest["history"]), "elsewhere": elsewhere})
         except (OSError, SafetensorError, KeyError, TypeError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from error
 
@@ -86,19 +89,38 @@ class Checkpoints:
         self.folder, self.config = folder, config
         self.resumed: list[int] = []  # rounds after which this run was continued, each once
         self.lineage = secrets.token_hex(8)
+        self._kept: dict[int, tuple[RecordDict, bytes, int]] = {}  # clients' states on disk, their digests, rounds of the files
+        self._uses: dict[int, set[int]] = {}  # rounds of checkpoints that are kept, and of the files that they need
 
     def due(self, round: int, rounds: int) -> bool:
         """Whether there is to be one after this round: before the first, every so many, and after the last."""
         return self.config.every > 0 and (round % self.config.every == 0 or round == rounds)
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Put it on disk, and let go of the oldest. Raises RunError where it cannot be written."""
-        path = self.folder / f"round-{checkpoint.round:05d}.safetensors"
+        """Put it on disk, and let go of the oldest. Raises RunError where it cannot be written.
+
+        States of clients that have not changed since are left in the files in which they are; those files stay.
+        """
+        path, round = self._path(checkpoint.round), checkpoint.round
+        states: dict[int, tuple[RecordDict, bytes, int]] = {}
+        for node, kept in checkpoint.clients.items():
+            old, digest, where = self._kept.get(node, (None, b"", round))
+            if kept is not old and (now := _digest(kept)) != digest:  # every reply brings a new one, which may say the same
+                digest, where = now, round
+            states[node] = kept, digest, where
+        own = {node: kept for node, (kept, _, where) in states.items() if where == round}
+        elsewhere = {node: where for node, (_, _, where) in states.items() if where != round}
         try:
             self.folder.mkdir(exist_ok=True)
-            disk.write(path, replace(checkpoint, resumed=self.resumed, lineage=self.lineage).to_bytes())
-            for old in self._files()[: -self.config.keep]:
-                old.unlink()
+            written = replace(checkpoint, clients=own, elsewhere=elsewhere, resumed=self.resumed, lineage=self.lineage)
+            disk.write(path, written.to_bytes())
+            self._kept = states
+            self._uses[round] = {round, *elsewhere.values()}
+            self._uses = {round: self._uses[round] for round in sorted(self._uses)[-self.config.keep :]}
+            needed = {self._path(each) for each in set().union(*self._uses.values())}
+            for other in self._files():
+                if other not in needed:
+                    other.unlink()
         except OSError as error:
             raise RunError(f"cannot write the checkpoint {path} ({error.strerror}); the run stops here") from error
 
@@ -109,7 +131,7 @@ class Checkpoints:
         """
         for path in reversed(self._files()):
             try:
-                found = Checkpoint.load(path)
+                found = self._load(path)
                 if found.history != history(rounds, found.history[0]):
                     raise ValueError(f"{rounds.name} does not begin with the lines that it knows")
             except ValueError as reason:
@@ -117,8 +139,24 @@ class Checkpoints:
                 path.unlink()
             else:
                 self.resumed, self.lineage = sorted({*found.resumed, found.round}), found.lineage
+                places = {node: found.elsewhere.get(node, found.round) for node in found.clients}
+                self._kept = {node: (kept, _digest(kept), places[node]) for node, kept in found.clients.items()}
+                self._uses = {found.round: {found.round, *places.values()}}
                 return found
         return None
+
+    def _load(self, path: Path) -> Checkpoint:
+        """The checkpoint with the states that are elsewhere. Raises ValueError for a file that is not whole."""
+        found = Checkpoint.load(path)
+        files = {round: Checkpoint.load(self._path(round)).clients for round in set(found.elsewhere.values())}
+        try:
+            clients = found.clients | {node: files[round][node] for node, round in found.elsewhere.items()}
+        except KeyError as error:
+            raise ValueError(f"no earlier one has the state of node {error}") from error
+        return replace(found, clients=clients)
+
+    def _path(self, round: int) -> Path:
+        return self.folder / f"round-{round:05d}.safetensors"
 
     def _files(self) -> list[Path]:
         return sorted(self.folder.glob("round-*.safetensors"))
@@ -168,6 +206,14 @@ def history(rounds: Path, length: int | None = None) -> tuple[int, str]:
 
 def _under(prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name.removeprefix(prefix): array for name, array in sorted(arrays.items()) if name.startswith(prefix)}
+
+
+def _serialized(kept: RecordDict) -> bytes:
+    return bytes(recorddict_to_proto(kept).SerializeToString())
+
+
+def _digest(kept: RecordDict) -> bytes:
+    return hashlib.sha256(_serialized(kept)).digest()
 
 
 def _kept(array: np.ndarray) -> RecordDict:

@@ -1,11 +1,12 @@
-"""Files that are whole or not there, whenever the process or the machine stops."""
+"""Files that are whole or not there, whenever the process or the machine stops, and folders that one process has to itself."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
 
 def write(path: Path, content: bytes, mode: int = 0o666) -> None:
@@ -27,14 +28,14 @@ def write(path: Path, content: bytes, mode: int = 0o666) -> None:
     flush_names(path.parent)
 
 
-def lock(path: Path) -> IO[str]:
-    """The file, made where it is missing and held until it is closed or the process ends.
+def lock(path: Path) -> BinaryIO:
+    """The file, this process's own until it is closed or the process ends, however it ends; nothing stale is left.
 
-    Raises BlockingIOError where another process holds it.
+    Raises BlockingIOError where another process has it, and OSError where the file system has no locks.
     """
-    import fcntl  # Windows has none, and only what holds a lock needs it
-
-    file = open(path, "w")  # noqa: SIM115  # held beyond this function
+    # flock, and a file that is open for writing: between machines on NFS, Linux makes it a lock of the server's (unless it is
+    # mounted with nolock or local_lock), which the server takes back when a machine is gone.
+    file = open(path, "ab")  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

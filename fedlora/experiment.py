@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 
 from fedlora import engines, messages, plan, ranks, report, terminal, workbench
 from fedlora.check import RunError
-from fedlora.checkpoint import Checkpoint, Checkpoints, Released, history
+from fedlora.checkpoint import Checkpoint, Checkpoints, Released
 from fedlora.config import Config
 from fedlora.evaluate import evaluate
 from fedlora.interrupt import CtrlC
@@ -29,21 +29,32 @@ def run(
     started: float,
     app: str = engines.CLIENT_APP,
     engine_name: str | None = None,
-    engine: engines.Engine | None = None,
-    strategy: LoRAStrategy | None = None,
 ) -> dict[str, Any]:
     """Run the experiment and return its summary, which is also in the results folder.
 
     `started` is the `time.perf_counter()` from which seconds count; `engine_name` runs it on another engine than the one of
-    its settings, which the folder keeps; `engine` and `strategy` are such that exist already. A run that has finished before
-    is not run again, one that was broken off goes on.
+    its settings, which the folder keeps. A run that has finished before is not run again, one that was broken off goes on.
     Raises ConfigError before any training, and RunError where the run cannot go on; Ctrl-C ends it with what there is.
     """
     recorder = Recorder(config)
-    if recorder.finished:
-        terminal.say(f"{recorder.folder} is finished, with these settings; overwrite=true runs it again")
-        return recorder.summary()
-    recorder.claim()
+    if not recorder.finished:
+        with recorder.claim():
+            if not recorder.finished:  # as it may be, by whoever had it until now
+                return play(recorder, started, app, engine_name)
+    terminal.finished(recorder.folder)
+    return recorder.summary()
+
+
+def play(
+    recorder: Recorder,
+    started: float,
+    app: str = engines.CLIENT_APP,
+    engine_name: str | None = None,
+    engine: engines.Engine | None = None,
+    strategy: LoRAStrategy | None = None,
+) -> dict[str, Any]:
+    """What `run` does in a folder that is claimed and not finished; `engine` and `strategy` are such that exist already."""
+    config = recorder.config
     checkpoints = Checkpoints(recorder.folder / CHECKPOINTS, config.checkpoint)
     last = None if config.overwrite else checkpoints.newest(recorder.folder / ROUNDS, terminal.say)
     if last:
@@ -159,7 +170,7 @@ class Course:
         self.recorder.round(row)
         self.state = state
         if self.clients is not None and self.checkpoints.due(round, config.rounds):
-            memory, lines = self.guard.memory() if self.guard else {}, history(self.recorder.folder / ROUNDS)
+            memory, lines = self.guard.memory() if self.guard else {}, self.recorder.history()
             self.checkpoints.save(Checkpoint(round, asdict(config), state, self.clients, memory, lines))
         self.shown.finished(row)
         self.ctrl_c.check()

@@ -6,6 +6,7 @@
     privacy.json    the ledger, written ahead of every round (privacy=record)
     checkpoints/    what a run that is broken off goes on from; gone when it has finished
     merged/         the base model with it merged in, with save_merged=true
+    .lock           held by the process that runs here, as long as it does
 
 A finished folder is never written over in silence: the same settings again show what is there, and other settings under
 the same name are refused.
@@ -13,7 +14,9 @@ the same name are refused.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -24,7 +27,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -39,6 +44,9 @@ from fedlora.config import Config, from_dict, settings
 ROUNDS, SUMMARY, CONFIG, ENV, CURVES, ADAPTER, MERGED, PRIVACY, CHECKPOINTS = (
     "rounds.jsonl", "summary.json", "config.json", "env.json", "curves.png", "adapter", "merged", "privacy.json", "checkpoints"
 )  # fmt: skip
+LOCK = ".lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system that has none
+PATIENCE = 5.0  # seconds for a run that was killed: the workers in which its cells are end some time after it
 # Settings that cannot change a number.
 _NOT_IDENTITY = ("engine.", "checkpoint.", "name", "results", "overwrite", "plan", "save_merged")
 _VERSIONS = ("flwr", "torch", "transformers", "peft", "ray", "numpy", "scikit-learn", "hydra-core", "safetensors", "opacus")
@@ -92,8 +100,13 @@ class Recorder:
         """Checks the folder without changing it; raises ConfigError where it holds a run with other settings."""
         self.config = config
         self.folder = Path(config.results) / (config.name or run_name(config))
-        self.finished = self.summary().get("status") == "finished" and not config.overwrite
+        self._length, self._digest = 0, hashlib.sha256()  # of rounds.jsonl
         self.refuse_others(self._read(CONFIG))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run that stands in the folder is to stand there, and complete."""
+        return not self.config.overwrite and self.summary().get("status") == "finished"
 
     def refuse_others(self, there: dict[str, Any]) -> None:
         """Raises ConfigError, with the difference, if the settings of the run that is there are not those of this one."""
@@ -114,17 +127,40 @@ class Recorder:
         except OSError:
             return 0
 
-    def claim(self) -> None:
-        """Make the folder and try it, before any time is spent. Raises ConfigError if it cannot be written."""
+    def claim(self, patience: float = PATIENCE) -> AbstractContextManager[object]:
+        """Make the folder and try it, before any time is spent; while the context lasts, no other process can.
+
+        Raises ConfigError if it cannot be written, or another process still runs there after `patience` seconds.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder) as file:
                 file.write(b" ")
                 file.flush()
+            self._lock = self._locked(patience)  # kept, so that it holds for as long as this object does
         except OSError as error:
             raise ConfigError(
                 f"results={self.config.results}: cannot write {self.folder} ({error.strerror}); choose another folder"
             ) from error
+        self.refuse_others(self._read(CONFIG))  # whoever had it until now may have written since
+        return self._lock
+
+    def _locked(self, patience: float) -> AbstractContextManager[object]:
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                return disk.lock(self.folder / LOCK)
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise ConfigError(
+                        f"name={self.folder.name}: another process runs in {self.folder}; wait for its end, stop it, or "
+                        "choose another name"
+                    ) from error
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                return contextlib.nullcontext()  # then nobody watches over it
+            time.sleep(0.1)
 
     def begin(self, history: int = 0) -> None:
         """Clear what an earlier run left after so many bytes of rounds.jsonl, and write config.json and env.json.
@@ -134,8 +170,10 @@ class Recorder:
         anew = (CHECKPOINTS, PRIVACY) if self.config.overwrite else ()
         for name in (SUMMARY, *anew, CURVES, ADAPTER, MERGED):  # the mark of a finished run goes first
             _remove(self.folder / name)
+        self._length, self._digest = history, hashlib.sha256()
         if history:
             os.truncate(self.folder / ROUNDS, history)
+            self._digest.update((self.folder / ROUNDS).read_bytes())
         else:
             _remove(self.folder / ROUNDS)
         self.write(CONFIG, dataclasses.asdict(self.config))
@@ -143,13 +181,20 @@ class Recorder:
 
     def round(self, row: dict[str, Any]) -> None:
         """Append one round to rounds.jsonl, on disk when this returns."""
+        line = (json.dumps(_strict(row)) + "\n").encode()
         try:
-            with open(self.folder / ROUNDS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(_strict(row)) + "\n")
+            with open(self.folder / ROUNDS, "ab") as file:
+                file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise self._full(ROUNDS, error) from error
+        self._length += len(line)
+        self._digest.update(line)
+
+    def history(self) -> tuple[int, str]:
+        """What stands in rounds.jsonl since `begin`: how many bytes, and their digest, as in `checkpoint.history`."""
+        return self._length, self._digest.hexdigest()
 
     def close(self, summary: dict[str, Any]) -> None:
         """Write summary.json, the mark of a run that has ended; a run that has finished needs its checkpoints no more."""

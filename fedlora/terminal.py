@@ -31,6 +31,11 @@ def size(count: float) -> str:
     return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
 
 
+def finished(folder: Path) -> None:
+    """Say that a run need not be run."""
+    say(f"{folder} is finished, with these settings; overwrite=true runs it again")
+
+
 def duration(seconds: float) -> str:
     """Seconds for people: 4.2 s, 12 min, 3.5 h."""
     if seconds < 60:
@@ -38,24 +43,25 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-_said: ContextVar[dict[type[Warning], str] | None] = ContextVar("said", default=None)  # of the run that goes on here
+_said: ContextVar[dict[Any, str] | None] = ContextVar("said", default=None)  # of the run that goes on here
 _usual = warnings.showwarning
 
 
 def _show(message: Warning | str, category: type[Warning], *place: Any) -> None:
-    said = _said.get()
+    said, kind = _said.get(), str(message) if getattr(category, "each", False) else category
     if said is None or not category.__module__.startswith("fedlora."):
         _usual(message, category, *place)
-    elif category not in said:
-        said[category] = str(message)
+    elif kind not in said:
+        said[kind] = str(message)
         say(f"note: {message}")
 
 
 @contextmanager
-def notes() -> Iterator[dict[type[Warning], str]]:
-    """Within, a warning of ours is one line, once for each kind; yields what was said. Runs in step have their own each."""
+def notes() -> Iterator[dict[Any, str]]:
+    """Within, a warning of ours is one line, once for each kind or text; yields what was said. Runs in step have their own."""
     warnings.showwarning = _show  # type: ignore[assignment]  # and stays: elsewhere it does what is usual
-    said: dict[type[Warning], str] = {}
+    warnings.filterwarnings("always", module="fedlora")  # once a run, where Python would say it once a process
+    said: dict[Any, str] = {}
     token = _said.set(said)
     try:
         yield said

@@ -86,7 +86,8 @@ def geometry(
         nuclear.append(lowrank.nuclear_norm(values))
         ranks.append(lowrank.effective_rank(values))
         if initial:
-            drift.append(lowrank.principal_angle([after.adapters[name].A, initial[name].A]))
+            both = after.adapters[name].A, initial[name].A
+            drift.append(0.0 if np.array_equal(*both) else lowrank.principal_angle(both))
     measured = {
         "update_norm": float(np.linalg.norm(moved)),
         "update_nuclear_norm": float(np.sum(nuclear)),

@@ -5,15 +5,17 @@
 Every training that a child begins is a line in the file $TRAINED: what has really been spent.
 """
 
+import contextlib
 import json
 import os
 import sys
+import tempfile
 
 import torch
 
 import clients.train
 from clients import private  # noqa: F401  # Opacus takes a second to load
-from fedlora import cli, experiment  # noqa: F401
+from fedlora import cli
 from tests.conftest import ROOT
 
 perform = clients.train.perform
@@ -25,8 +27,17 @@ def logged(task, *rest):
     return perform(task, *rest)
 
 
+def load() -> None:
+    """Run the smallest experiment, so that whatever is loaded late is there too, before anything is watched."""
+    with tempfile.TemporaryDirectory() as results, contextlib.redirect_stdout(sys.stderr):
+        small = ["engine=inline", "device=cpu", "clients=2", "fraction=null", "rounds=1", "train.steps=1", "engine.cohort=1"]
+        assert cli.main(ROOT / "configs", [*small, f"results={results}"]) == 0
+    assert len(os.listdir("/proc/self/task")) == 1, "no thread may be there when a process forks"
+
+
 def main() -> None:
-    torch.set_num_threads(1)  # no thread may be there when a process forks
+    torch.set_num_threads(1)
+    load()
     clients.train.perform = logged
     for line in sys.stdin:
         arguments, output = json.loads(line)
@@ -36,8 +47,8 @@ def main() -> None:
             os.dup2(file, 1)
             os.dup2(file, 2)
             os._exit(cli.main(ROOT / "configs", arguments))
-        print(child, flush=True)
-        print(os.waitpid(child, 0)[1], flush=True)
+        print("process", child, flush=True)
+        print("status", os.waitpid(child, 0)[1], flush=True)
 
 
 if __name__ == "__main__":

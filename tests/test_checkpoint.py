@@ -1,7 +1,9 @@
 """A run that is broken off, anywhere, goes on to the bits of one that never was, and its ledger never forgets."""
 
 import contextlib
+import csv
 import dataclasses
+import errno
 import json
 import os
 import random
@@ -17,9 +19,9 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 import strategies
-from fedlora import disk, experiment, messages, records
+from fedlora import cli, disk, experiment, messages, records
 from fedlora.check import ConfigError, RunError
-from fedlora.checkpoint import Checkpoint, Checkpoints, Released
+from fedlora.checkpoint import Checkpoint, Checkpoints, Released, history
 from fedlora.lowrank import Pair
 from fedlora.messages import ServerState
 from fedlora.privacy.dp_fedavg import UserLedger
@@ -134,8 +136,9 @@ def test_the_newest_whole_one_is_taken_and_the_others_are_named_and_removed(chec
     checkpoints = Checkpoints(tmp_path / "checkpoints", _keeping(3))
     assert checkpoints.newest(rounds, said.append) is None
     for round in range(5):
-        known = experiment.history(rounds, 2 * round)
-        checkpoints.save(dataclasses.replace(checkpoint, round=round, history=known, resumed=[]))
+        known = history(rounds, 2 * round)
+        own = {3: RecordDict({"counts": MetricRecord({"round": round})})}
+        checkpoints.save(dataclasses.replace(checkpoint, round=round, clients=own, history=known, resumed=[]))
     names = sorted(path.name for path in checkpoints.folder.iterdir())
     assert names == [f"round-0000{round}.safetensors" for round in (2, 3, 4)]
     rounds.write_text("0\n1\n2\n4\n")  # a line that the newest one knows otherwise
@@ -145,6 +148,38 @@ def test_the_newest_whole_one_is_taken_and_the_others_are_named_and_removed(chec
     assert found is not None and found.round == 2 and checkpoints.resumed == [2]
     assert len(said) == 2 and names[2] in said[0] and "rounds.jsonl" in said[0] and names[1] in said[1]
     assert [path.name for path in checkpoints.folder.iterdir()] == names[:1]
+
+
+def test_a_clients_state_is_written_when_it_changes_and_its_file_stays_as_long_as_it_is_needed(checkpoint, tmp_path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", _keeping(1))
+    rounds, nothing = tmp_path / "rounds.jsonl", history(tmp_path / "rounds.jsonl")
+
+    def state(number: int) -> RecordDict:
+        return RecordDict({"counts": MetricRecord({"number": number})})
+
+    def saved(round: int, clients: dict[int, RecordDict]) -> dict[int, set[int]]:
+        """Round of each file that is there then → the clients whose states are in it."""
+        checkpoints.save(dataclasses.replace(checkpoint, round=round, clients=clients, history=nothing))
+        there = [Checkpoint.load(path) for path in sorted(checkpoints.folder.iterdir())]
+        return {each.round: set(each.clients) for each in there}
+
+    first, second = state(1), state(2)
+    assert saved(0, {}) == {0: set()}
+    assert saved(1, {1: first, 2: second}) == {1: {1, 2}}
+    first["counts"]["number"] = 7  # changed in place, by a client whose app does so; its reply brings another object
+    assert saved(2, {1: RecordDict(dict(first)), 2: state(2)}) == {1: {1, 2}, 2: {1}}
+    assert saved(3, {1: first, 2: second, 3: state(3)}) == {1: {1, 2}, 2: {1}, 3: {3}}
+    checkpoints = Checkpoints(checkpoints.folder, _keeping(1))
+    assert checkpoints.newest(rounds, print).clients == {1: state(7), 2: state(2), 3: state(3)}
+    assert saved(4, {1: state(7), 2: state(5), 3: state(3)}) == {2: {1}, 3: {3}, 4: {2}}
+    assert saved(5, {1: state(7), 3: state(3)}) == {2: {1}, 3: {3}, 5: set()}
+    (checkpoints.folder / "round-00003.safetensors").write_bytes(b"torn")
+    said: list[str] = []
+    checkpoints = Checkpoints(checkpoints.folder, _keeping(1))
+    assert checkpoints.newest(rounds, said.append) is None and len(said) == 3  # 5 needs what is torn, and 2 what is gone
+    nothing = (1, "of another file")
+    assert saved(0, {1: first}) == {0: {1}}
+    assert checkpoints.newest(rounds, said.append) is None and saved(0, {1: first}) == {0: {1}}  # not left where it is no more
 
 
 def _keeping(keep: int):
@@ -343,15 +378,21 @@ SHORT = ["clients=4", "clients_per_round=2", "train.steps=1", "rounds=40", "eval
 def forks(tmp_path_factory):
     """Starts `run.py` with these arguments in a process of its own: its id, and a function that waits for its status."""
     log = tmp_path_factory.mktemp("forks")
-    environment = os.environ | {"TRAINED": str(log / "trained"), "PYTHONPATH": str(ROOT)}
+    alone = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    environment = os.environ | alone | {"TRAINED": str(log / "trained"), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tests.forks"]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
     assert server.stdin is not None and server.stdout is not None
 
+    def answer(kind: str) -> int:
+        word, number = server.stdout.readline().split()
+        assert word == kind  # what is taken for a process is killed
+        return int(number)
+
     def start(*arguments: str):
         server.stdin.write(json.dumps([arguments, str(log / "said")]) + "\n")
         server.stdin.flush()
-        return int(server.stdout.readline()), lambda: int(server.stdout.readline())
+        return answer("process"), lambda: answer("status")
 
     start.log = log
     yield start
@@ -410,10 +451,79 @@ def test_killed_at_ten_random_moments_the_run_has_the_same_bits_and_forgets_noth
     assert resumed and resumed == sorted(set(resumed)) and all(round % 2 == 0 for round in resumed)
 
 
+def test_a_sweep_that_was_killed_runs_what_it_had_not_finished_and_has_the_table_of_one_that_never_was(forks, tmp_path) -> None:
+    def sweep(name: str):
+        (forks.log / "said").unlink(missing_ok=True)
+        few = ["rounds=8", "evaluate.every=8", "privacy=none", "privacy.noise_multiplier=null"]
+        return forks("-m", *SHORT, *few, "engine=inline", "seed=1,2,3", f"results={tmp_path}", f"name={name}")
+
+    assert sweep("whole")[1]() == 0, (forks.log / "said").read_text()
+    process, status = sweep("killed")
+    whole = {json.loads(file.read_text())["seed"]: file.parent.name for file in tmp_path.glob("whole/*/config.json")}
+    first, second, third = (tmp_path / "killed" / whole[seed] for seed in (1, 2, 3))
+    deadline = time.monotonic() + 60
+    while rounds_in(second) < 5 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    os.kill(process, signal.SIGKILL)
+    assert status() == signal.SIGKILL and not (second / "summary.json").exists() and not third.exists()
+    before = {path: path.stat() for path in first.rglob("*")}
+    assert sweep("killed")[1]() == 0, (forks.log / "said").read_text()
+    said = (forks.log / "said").read_text()
+    assert f"{first} is finished, with these settings" in said and said.count("is finished") == 1
+    assert f"{second} was broken off; it goes on after round " in said and said.count("was broken off") == 1
+    assert {path: path.stat().st_mtime_ns for path in first.rglob("*")} == {p: s.st_mtime_ns for p, s in before.items()}
+    for folder in (first, second, third):
+        assert outcome(folder) == outcome(tmp_path / "whole" / folder.name)
+    assert table(tmp_path / "killed") == table(tmp_path / "whole") and len(table(tmp_path / "whole")) == 1
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    """The rows of a sweep's table but their seconds."""
+    with open(folder / "table.csv", newline="") as file:
+        return [{key: cell for key, cell in row.items() if "seconds" not in key} for row in csv.DictReader(file)]
+
+
+def test_a_folder_in_which_a_process_runs_is_refused_until_it_ends_however_that_is(
+    forks, tmp_path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr(records, "PATIENCE", 0.0)
+    own = [*SHORT, "engine=inline", f"results={tmp_path}", "name=mine", "privacy=none", "privacy.noise_multiplier=null"]
+    process, status = forks(*own, "rounds=5000")
+    deadline = time.monotonic() + 60
+    while not rounds_in(tmp_path / "mine") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    sentence = (
+        f"error: name=mine: another process runs in {tmp_path / 'mine'}; wait for its end, stop it, or choose another name\n"
+    )
+    for more in ([], ["overwrite=true"]):
+        assert cli.main(ROOT / "configs", [*own, "rounds=5000", *more]) == 2
+        assert capsys.readouterr().err == sentence
+    assert cli.main(ROOT / "configs", [*own, "rounds=5000", "plan=true"]) == 0
+    os.kill(process, signal.SIGKILL)
+    assert status() == signal.SIGKILL
+    assert cli.main(ROOT / "configs", [*own, "rounds=1", "overwrite=true"]) == 0
+
+
+def test_a_run_goes_on_unwatched_where_the_file_system_has_no_locks_and_sees_what_was_finished_meanwhile(
+    quick, monkeypatch
+) -> None:
+    config = quick(name="mine")
+    waits = records.Recorder(config)  # before the other one has begun
+    with monkeypatch.context() as patched:
+        patched.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSYS, "Function not implemented")))
+        assert experiment.run(config, 0.0)["status"] == "finished"
+    with waits.claim():
+        assert waits.finished
+    with pytest.raises(ConfigError, match="holds a run with other settings"):
+        other = records.Recorder.__new__(records.Recorder)
+        other.config, other.folder = quick(name="mine", seed=5), waits.folder
+        other.claim()
+
+
 def test_no_process_outlives_a_run_on_ray_workers_however_it_ends(undisturbed, tmp_path) -> None:
     """Killed, stopped by Ctrl-C, and done: all three the same run, and then one that fails."""
     folder, seen = tmp_path / "ray", set()
-    ray = ["engine=ray", "engine.workers=2", f"results={tmp_path}"]
+    ray = ["engine=ray", "engine.workers=1", f"results={tmp_path}"]
     assert _ended(seen, folder, [*SHORT, *ray, "name=ray"], signal.SIGKILL) == -signal.SIGKILL
     assert _ended(seen, folder, [*SHORT, *ray, "name=ray"], signal.SIGINT) == 130
     assert _ended(seen, folder, [*SHORT, *ray, "name=ray"]) == 0

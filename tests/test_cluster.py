@@ -1,16 +1,20 @@
 """A Ray cluster of several nodes: where a client runs, and which node dies under it, changes no number."""
 
 import dataclasses
+import re
 import socket
 import time
 
 import pytest
+import ray
 from ray.cluster_utils import Cluster
 
-from fedlora import check, cli
+from fedlora import cells, check, cli, terminal
 from fedlora.engines import cluster, make, pool
 from tests.conftest import ROOT
 from tests.test_engines import fit
+
+KILLS = "tests.apps:kills_its_node"
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +30,9 @@ def mark(tmp_path_factory):
 def nodes(mark):
     """A real cluster on this machine: a head, and one more node."""
     pool.shutdown()
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    quick = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}  # a dead node is seen in 2 s instead of 10
+    head = {"num_cpus": 1, "include_dashboard": False, "_system_config": quick}
+    nodes = Cluster(initialize_head=True, head_node_args=head)
     nodes.add_node(num_cpus=1)
     yield nodes
     pool.shutdown()
@@ -54,21 +60,56 @@ def workers_on(config, app, wanted) -> None:
 
 
 def test_a_node_that_dies_in_mid_round_and_one_that_joins_leave_the_numbers_alone(config, nodes, mark) -> None:
-    app, expected = "tests.apps:kills_its_node", fit(inline(config), chosen=["fedsvd"])
+    expected = fit(inline(config), chosen=["fedsvd"])
     head, doomed = nodes.head_node.node_id, nodes.list_all_nodes()[-1]
     for _ in range(2):  # the second time it is a node that has joined
-        workers_on(config, app, [head, doomed.node_id])
+        workers_on(config, KILLS, [head, doomed.node_id])
         mark.write_text(doomed.node_id)
-        assert fit(config, app, ["fedsvd"]) == expected  # retries=0: a client that is blamed would be dropped
+        assert fit(config, KILLS, ["fedsvd"]) == expected  # retries=0: a client that is blamed would be dropped
         assert not mark.exists()  # a client was at work there
         nodes.remove_node(doomed)  # what is left of it
         doomed = nodes.add_node(num_cpus=1)
-    workers_on(config, app, [head, doomed.node_id])
+
+
+def test_a_node_that_joins_and_lacks_something_is_named_once_and_left_out(config, nodes, tmp_path) -> None:
+    good = [node.node_id for node in nodes.list_all_nodes()]
+    workers_on(config, KILLS, good)
+    joined = [nodes.add_node(num_cpus=1, env_vars={"PYTHONPATH": path}) for path in lacking(tmp_path)]
+    started, deadline = pool._pool, time.monotonic() + 120
+    with terminal.notes() as notes:
+        while len(notes) < 2 or started.warming or time.monotonic() > started._looked + 0.5:  # it has looked again since
+            assert time.monotonic() < deadline, notes
+            started.admit()
+            time.sleep(0.2)
+    told = sorted(notes.values(), key=len)
+    place = r"^node .+ \(.+\)"
+    assert re.match(place + " has torch 1.0 and not .+ as here; install .+; the node is left out$", told[1]), told
+    assert re.match(place + ": a worker cannot start: ImportError: no such package; the node is left out$", told[0]), told
+    assert {seat.node for seat in started.idle} == set(good) and not started.warming and started.nodes.free() == 0
+    worker = started.nodes.place(started.actor).remote(KILLS, started.kind.driver)
+    assert ray.wait([worker.warm.remote(started.experiment)], timeout=3)[0] == []  # there is a core, but on those nodes only
+    ray.kill(worker)
+    for node in joined:
+        nodes.remove_node(node)
+
+
+def lacking(folder) -> list[str]:
+    """Two search paths of a node's Python: on one torch is old, on the other flwr is not there."""
+    old = folder / "old" / "torch-1.0.dist-info"
+    old.mkdir(parents=True)
+    (old / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 1.0\n")
+    (folder / "none").mkdir()
+    (folder / "none" / "flwr.py").write_text("raise ImportError('no such package')")
+    return [f"{folder / name}:{ROOT}" for name in ("old", "none")]
+
+
+def test_who_leaves_the_cluster_leaves_it_standing_and_holds_no_core(config, nodes) -> None:
+    workers_on(config, KILLS, [node.node_id for node in nodes.list_all_nodes()])
     pool.shutdown()
-    assert socket.create_connection(nodes.address.rsplit(":", 1), 5)  # we have left, and it stands
+    assert socket.create_connection(nodes.address.rsplit(":", 1), 5)
     pool.start_ray(config.engine)
     deadline = time.monotonic() + 30
-    while cluster.free(0) != 2:  # and nothing of ours holds a core
+    while cluster.Nodes(0).free() != 2:
         assert time.monotonic() < deadline
         time.sleep(0.2)
 
@@ -87,12 +128,25 @@ def test_a_node_with_other_versions_is_refused_with_the_difference(config, monke
         workers_on(config, "clients.app:app", ["never"])
 
 
-def test_cells_side_by_side_run_on_the_cluster(config, nodes, tmp_path, capsys) -> None:
+def test_cells_side_by_side_run_on_the_cluster_and_on_a_node_that_joins(nodes, tmp_path, capsys, monkeypatch) -> None:
     pool.shutdown()  # so that the sweep is the one to join
-    swept = ["-m", "clients=4", "rounds=1", "fraction=null", "train.steps=1", "device=cpu", "seed=1,2", f"results={tmp_path}"]
-    assert cli.main(ROOT / "configs", [*swept, f"engine.address={nodes.address}", "engine.workers=2"]) == 0
-    assert "2 of 2 cells side by side, 2 at a time" in capsys.readouterr().out
-    assert cluster.joined == nodes.address
+    begin, seat, players, more = cells.SideBySide._begin, cells.SideBySide._seat, [], []
+
+    def begins(self, *cell) -> None:
+        """Another node comes when the first cell begins, and it is there before the next one does."""
+        more.append(more or nodes.add_node(num_cpus=1))
+        while len(players) == 2 and not self.nodes.free():
+            time.sleep(0.1)
+        begin(self, *cell)
+
+    monkeypatch.setattr(cells.SideBySide, "_begin", begins)
+    monkeypatch.setattr(cells.SideBySide, "_seat", lambda self: players.append(self) or seat(self))
+    swept = ["-m", "clients=2", "rounds=1", "fraction=null", "train.steps=1", "device=cpu", "seed=1,2,3,4"]
+    swept += [f"results={tmp_path}", f"engine.address={nodes.address}"]
+    assert cli.main(ROOT / "configs", swept) == 0
+    assert "4 of 4 cells side by side, 2 at a time" in capsys.readouterr().out
+    assert cluster.joined == nodes.address and len(players) == 3
+    nodes.remove_node(more[0])
 
 
 @pytest.mark.parametrize("deaf", [False, True])

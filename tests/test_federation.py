@@ -22,7 +22,7 @@ from fedlora.deploy.device import Device, Holdings, goes_back, identity
 from fedlora.deploy.memory import Memory
 from fedlora.engines.local import LocalGrid, carrying
 from fedlora.privacy.ledger import Ledger
-from fedlora.records import Recorder
+from fedlora.records import LOCK, Recorder
 from tests.conftest import write_digits
 from tests.test_checkpoint import fails_after, outcome
 
@@ -302,9 +302,9 @@ def test_another_experiment_of_the_name_and_another_run_at_work_are_refused(fede
     assert summary["status"] == "failed" and "holds a run with other settings (seed 0 → 5)" in summary["reason"]
     assert not edge.sent.files and not edge.sent.rows and sorted(edge.results.rglob("*")) == written
     monkeypatch.setattr(server, "STOPPING", 0.02)
-    with disk.lock(edge.results / server.LOCK), pytest.raises(RunError):
+    with disk.lock(edge.results / LOCK), pytest.raises(ConfigError):
         edge.run(capsys)
-    assert "name=edge: another run is writing to" in json.loads(edge.sent.files["summary.json"])["reason"]
+    assert "name=edge: another process runs in" in json.loads(edge.sent.files["summary.json"])["reason"]
     edge.run(capsys)
 
 
@@ -316,9 +316,9 @@ def test_the_same_command_follows_the_run_that_still_goes_on(small, tmp_path, mo
     config = small(name="edge", deploy="here", partition__name="own", dataset__name="files", dataset__text="t",
         dataset__classes=["a"])  # fmt: skip
     recorder = Recorder(config)
-    recorder.claim()
-    recorder.begin()
-    recorder.round({"round": 0})
+    with recorder.claim():
+        recorder.begin()
+        recorder.round({"round": 0})
     (recorder.folder / launch.RUN).write_text("7")
     started: list[str] = []
     statuses, logs = {"7": ["running", "finished:completed"], "8": ["finished:completed"]}, {}

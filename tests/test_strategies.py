@@ -342,6 +342,20 @@ def test_metrics_by_hand() -> None:
     assert metrics["update_effective_rank"] == pytest.approx(1.0)
 
 
+def test_the_drift_of_A_is_its_angle_to_the_initial_one_and_none_where_it_has_not_moved() -> None:
+    """One layer turned by 0.3, the other one left: 0.15 on average."""
+    rng = np.random.default_rng(0)
+    still, turned = rng.standard_normal((2, 4)), np.array([[np.cos(0.3), np.sin(0.3), 0.0]])
+    initial = {"still": Pair(still, np.zeros((3, 2))), "turned": Pair(np.eye(3)[:1], np.zeros((3, 1)))}
+    after = {"still": Pair(still.copy(), np.ones((3, 2))), "turned": Pair(turned, np.ones((3, 1)))}
+    updates = [Update(0, 1, after)]
+    measured = geometry(ServerState(initial, scale=1.0), ServerState(after, scale=1.0), updates, initial)
+    assert measured["drift_of_A"] == pytest.approx(np.degrees(0.15), rel=1e-12)
+    only = {"still": after["still"]}
+    measured = geometry(ServerState({"still": initial["still"]}), ServerState(only), [Update(0, 1, only)], initial)
+    assert measured["drift_of_A"] == 0.0
+
+
 @variants
 def test_metrics_are_the_dense_ones(name: str, settings: dict[str, Any]) -> None:
     strategy = strategies.make(name, **settings)

@@ -37,11 +37,16 @@ def run(config: Config, project: Path) -> dict[str, Any]:
     Ctrl-C stops the run there, with what has come of it.
     """
     recorder = Recorder(config)
-    if recorder.finished:
-        terminal.say(f"{recorder.folder} is finished, with these settings; overwrite=true runs it again")
-        return recorder.summary()
-    recorder.claim()
-    number, ended = underway(recorder), ""
+    if not recorder.finished:
+        with recorder.claim():
+            return summary_of(recorder, project)
+    terminal.finished(recorder.folder)
+    return recorder.summary()
+
+
+def summary_of(recorder: Recorder, project: Path) -> dict[str, Any]:
+    """That of a run that goes on already, or of a new one; all its records are here then."""
+    config, number, ended = recorder.config, underway(recorder), ""
     try:
         if number:
             terminal.say(f"run {number} on the SuperLink of {config.deploy} still goes on, and is followed from here")

@@ -17,13 +17,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.utils import get_flwr_home
 
-from fedlora import disk, messages, terminal
+from fedlora import messages, terminal
 from fedlora.check import ConfigError, RunError
 from fedlora.config import Config, EngineConfig
 from fedlora.deploy.courier import Sender
@@ -34,7 +33,6 @@ from strategies.rollcall import RollCall
 
 POLL = 0.3  # seconds from one look for replies to the next
 STOPPING = 60.0  # seconds that a ServerApp whose run was stopped may take to notice: two heartbeats
-LOCK = "lock"
 HOME = (PRIVACY, ADAPTER, MERGED, CURVES, SUMMARY)  # what goes back besides the rounds; the mark of the end comes last
 
 app = ServerApp()
@@ -59,13 +57,14 @@ def main(grid: Grid, context: Context) -> None:
             if config.plan:
                 experiment.foretell(replace(met(grid, config, strategy), results=asked.results, name=asked.name), strategy)
                 return
-            with alone(results / name):
-                config = met(grid, config, strategy)
-                recorder = Recorder(config)  # refuses a folder of other settings, none of which is sent
-                if not recorder.finished:
-                    (recorder.folder / SUMMARY).unlink(missing_ok=True)  # how it ended when it was broken off
+            recorder = Recorder(met(grid, config, strategy))  # refuses a folder of other settings, none of which is sent
+            with recorder.claim(STOPPING):
                 try:
-                    experiment.run(config, started, engine=Devices(grid, sender), strategy=strategy)
+                    if recorder.finished:
+                        terminal.finished(recorder.folder)
+                    else:
+                        (recorder.folder / SUMMARY).unlink(missing_ok=True)  # how it ended when it was broken off
+                        experiment.play(recorder, started, engine=Devices(grid, sender), strategy=strategy)
                 finally:
                     sender.rounds()
                     for file in HOME:
@@ -124,30 +123,6 @@ def send_and_receive(grid: Grid, messages: Iterable[Message], *, timeout: float 
             yield reply
         if waiting:
             time.sleep(POLL)
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """While this lasts, no other run writes into the folder. Raises RunError where one does, and does not end meanwhile."""
-    deadline = time.monotonic() + STOPPING
-    while True:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = disk.lock(folder / LOCK)
-            break
-        except BlockingIOError as error:
-            if time.monotonic() > deadline:
-                raise RunError(
-                    f"name={folder.name}: another run is writing to {folder} on the server; wait for its end, stop it by "
-                    "flwr stop, or choose another name"
-                ) from error
-            time.sleep(POLL)
-        except OSError as error:
-            raise ConfigError(
-                f"FLWR_HOME={folder.parent.parent}: the server cannot write {folder} ({error.strerror}); choose another folder"
-            ) from error
-    with file:
-        yield
 
 
 @contextmanager

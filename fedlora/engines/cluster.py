@@ -11,6 +11,7 @@ import importlib.util
 import os
 import platform
 import socket
+import warnings
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +28,12 @@ joined: str | None = None  # the address of the cluster that this process is on
 
 class MixedProcessors(UserWarning):
     """Nodes whose sums may be rounded in other ways."""
+
+
+class LeftOut(UserWarning):
+    """A node that lacks something."""
+
+    each = True  # told of every one
 
 
 def join(address: str, app: str) -> None:
@@ -76,12 +83,48 @@ def _source(package: str) -> str:
     return next(iter(spec.submodule_search_locations)) if spec.submodule_search_locations else str(spec.origin)
 
 
-def free(gpus: float) -> int:
-    """Workers with a core, and so many GPUs, for which the cluster has room now."""
-    import ray
+def room(resources: dict[str, float], gpus: float) -> int:
+    """Workers with a core, and so many GPUs, for which a node with these resources has room."""
+    return int(min(resources.get("CPU", 0.0), resources.get("GPU", 0.0) / gpus if gpus else float("inf")))
 
-    room = ray.available_resources()
-    return int(min(room.get("CPU", 0.0), room.get("GPU", 0.0) / gpus if gpus else float("inf")))
+
+class Nodes:
+    """The nodes of the cluster as places for workers of one experiment: all but those that turn out to lack something."""
+
+    def __init__(self, gpus: float) -> None:
+        self.gpus = gpus
+        self.barred: dict[str, RunError] = {}  # why, by the node's id
+
+    def free(self) -> int:
+        """Workers for which there is room now."""
+        from ray._private.state import available_resources_per_node
+
+        available = available_resources_per_node()
+        return sum(room(resources, self.gpus) for node, resources in available.items() if node not in self.barred)
+
+    def place(self, actor: Any) -> Any:
+        """What `actor` returned, for the nodes that are not barred."""
+        if not self.barred:
+            return actor
+        return actor.options(label_selector={"ray.io/node-id": f"!in({','.join(self.barred)})"})
+
+    def bar(self, worker: Any, error: Exception) -> None:
+        """The node of this worker, which could not start or not warm up there, is given no more work; each is told once."""
+        from ray._private.state import actors
+
+        node = str(actors(worker._actor_id.hex())["Address"]["NodeID"])  # of an actor that never was, it has no public way
+        if node not in self.barred:
+            self.barred[node] = why = cause(error, node)
+            warnings.warn(f"{why}; the node is left out", LeftOut, stacklevel=2)
+
+    def check(self) -> None:
+        """Raises the RunError of a barred node, if no other has room for a worker even when it is free."""
+        import ray
+
+        if self.barred:
+            able = {node["NodeID"] for node in ray.nodes() if node["Alive"] and room(node["Resources"], self.gpus)}
+            if able <= self.barred.keys():
+                raise next(iter(self.barred.values()))
 
 
 def alive(node: str) -> bool:
@@ -127,11 +170,14 @@ class Driver:
 
     folder: str  # relative paths are meant from here
     device: str  # what device=auto stands for: the driver's choice, so that no number depends on the node
+    address: str | None  # of the cluster that both are on
     versions: dict[str, str]
     processor: str
 
     def settle(self) -> str:
         """Make the process of a worker like the driver's; returns its processor. Raises RunError, with the difference."""
+        global joined
+        joined = self.address
         with contextlib.suppress(OSError):  # absolute paths need no such folder
             os.chdir(self.folder)
         if self.device == "cpu":
@@ -149,7 +195,7 @@ def driver(config: Config) -> Driver:
     """This process, for its workers."""
     from fedlora.workbench import torch_device
 
-    return Driver(os.getcwd(), torch_device(config.device).type, versions(), processor())
+    return Driver(os.getcwd(), torch_device(config.device).type, config.engine.address, versions(), processor())
 
 
 def versions() -> dict[str, str]:
@@ -170,15 +216,25 @@ def processor() -> str:
     return torch.backends.cpu.get_cpu_capability()
 
 
-def cause(error: Exception) -> RunError:
-    """Why a worker could not start, from the error of its actor: the last line of its traceback, without the class."""
+def cause(error: Exception, node: str | None = None) -> RunError:
+    """Why a worker could not start, on which node, from the error of its actor: the last line of its traceback."""
     last = [line.strip() for line in str(error).splitlines() if line.strip()][-1]
-    name, _, sentence = last.partition(": ")
-    return RunError(sentence if name.endswith("RunError") else f"a worker cannot start: {last}")
+    kind, _, sentence = last.partition(": ")
+    if kind.endswith(RunError.__name__):  # ours, which names the node where there are several
+        return RunError(sentence)
+    return RunError(f"{f'{name(node)}: ' if node else ''}a worker cannot start: {last}")
 
 
 def here() -> str:
     """This node, for an error to name."""
     import ray
 
-    return f"node {socket.gethostname()} ({ray.util.get_node_ip_address()})"
+    return name(ray.get_runtime_context().get_node_id())
+
+
+def name(node: str) -> str:
+    """The node of this id, for people."""
+    import ray
+
+    (found,) = (each for each in ray.nodes() if each["NodeID"] == node)
+    return f"node {found['NodeManagerHostname']} ({found['NodeManagerAddress']})"

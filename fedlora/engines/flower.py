@@ -43,7 +43,8 @@ class FlowerEngine:
                 load_app(self.app),
                 num_supernodes=self.config.clients,
                 backend_config={
-                    "init_args": {"num_cpus": workers, "include_dashboard": False, "log_to_driver": False},
+                    # "local": else it would join a cluster that this machine happens to be a node of, and fail.
+                    "init_args": {"address": "local", "num_cpus": workers, "include_dashboard": False, "log_to_driver": False},
                     "client_resources": {"num_cpus": 1, "num_gpus": gpus},
                 },
             )

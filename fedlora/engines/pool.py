@@ -84,8 +84,9 @@ class Pool:
 
     def __init__(self, kind: Kind) -> None:
         self.kind = kind
-        self.actor = cluster.actor(Worker, kind.gpus)
+        self.actor, self.nodes = cluster.actor(Worker, kind.gpus), cluster.Nodes(kind.gpus)
         self.experiment = ""
+        self.served = False  # whether any worker has been warm for the experiment
         self.idle: deque[Seat] = deque()
         self.warming: dict[Any, Seat] = {}  # by the reference to the end of it
         self.size = 0  # workers, the busy ones included
@@ -93,7 +94,7 @@ class Pool:
 
     def warm(self, experiment: str) -> None:
         """Let every worker build what the experiment needs; `admit` says when."""
-        self.experiment = experiment
+        self.experiment, self.served, self.nodes = experiment, False, cluster.Nodes(self.kind.gpus)
         for _ in range((self.kind.workers or 0) - self.size):
             self._add()
         while self.idle:
@@ -102,7 +103,7 @@ class Pool:
 
     def _add(self) -> None:
         self.size += 1
-        self._warm(Seat(self.actor.remote(self.kind.app, self.kind.driver)))
+        self._warm(Seat(self.nodes.place(self.actor).remote(self.kind.app, self.kind.driver)))
 
     def _warm(self, seat: Seat) -> None:
         self.warming[seat.worker.warm.remote(self.experiment)] = seat
@@ -111,11 +112,14 @@ class Pool:
         """Take on what the cluster has room for; what it says lags behind, so not before all those asked for are up."""
         if self.kind.workers is None and not self.warming and time.monotonic() > self._looked + TICK:
             self._looked = time.monotonic()
-            for _ in range(cluster.free(self.kind.gpus)):
+            for _ in range(self.nodes.free()):
                 self._add()
 
     def admit(self) -> None:
-        """Workers that are warm become idle, and others are taken on. Raises RunError where a node cannot do the work."""
+        """Workers that are warm become idle, others are taken on, and a node that lacks something is left out.
+
+        Raises RunError where every node does and none has worked, as on a machine of its own where no worker can start.
+        """
         import ray
 
         ready = ray.wait(list(self.warming), num_returns=len(self.warming), timeout=0.0)[0] if self.warming else ()
@@ -126,20 +130,22 @@ class Pool:
                 if processor != self.kind.driver.processor:
                     told = f"nodes have {processor} and {self.kind.driver.processor}: numbers agree to rounding, not to the bit"
                     warnings.warn(told, cluster.MixedProcessors, stacklevel=2)
-            except RunError as error:
-                if self.kind.address is not None:  # on this machine it is what an earlier experiment asked for
-                    self._drop(seat)
-                    raise RunError(str(getattr(error, "cause", error))) from error
-            except ray.exceptions.RayActorError as error:
-                if error.actor_init_failed:
+            except ray.exceptions.RayError as error:
+                died = isinstance(error, ray.exceptions.RayActorError)
+                unable = died and error.actor_init_failed
+                if unable and self.kind.address is None:
                     self._drop(seat)
                     raise cluster.cause(error) from error
+                if unable or (self.kind.address is not None and not died):
+                    self.nodes.bar(seat.worker, error)
                 if self.kind.address is not None:
                     self.replace(seat, node_lost=True)
                     continue
-            except ray.exceptions.RayError:
-                pass  # a client says what is wrong
+                # On this machine a client says what is wrong, or it is what an earlier experiment asked for.
+            self.served = True
             self.idle.append(seat)
+        if not self.served:
+            self.nodes.check()
         self._grow()
 
     def lost(self, seat: Seat, error: Exception) -> bool:
@@ -189,7 +195,7 @@ def pool(config: Config, app: str) -> Pool:
 def room(engine: EngineConfig, gpus: float) -> int:
     """Workers that the cluster of `engine.address` has, or has room for. Raises ConfigError where it does not answer."""
     start_ray(engine)
-    return max(1, _pool.size if _pool is not None and _pool.size else cluster.free(gpus))
+    return max(1, _pool.size if _pool is not None and _pool.size else cluster.Nodes(gpus).free())
 
 
 def shutdown() -> None:
