@@ -6,7 +6,8 @@ A BERT of 2 layers × 64, LoRA r = 8 on query and value, and its head; 10 of 100
 on batches of 4 × 16 tokens; plain averages. Same model, data and split, one thread a process. Seconds a round, from the end
 of round 1 to the end of the last, without the central test, which comes once, at the end, and shows that all have learned.
 
-* fedlora: `experiment.run`, records and all, in one process (engine=inline); a second row has engine=ray, a worker a core;
+* fedlora: `experiment.run`, records and all, but without checkpoints, which no other side writes either, in one process
+  (engine=inline); a second row has engine=ray, a worker a core, and a third has the checkpoints, one after every round;
 * bare loop: one resident model, the clients one after another (`clients.train.perform`), average, no messages: the same
   numbers as fedlora's, to the rounding of float32;
 * pfl: its SimulatedBackend, PyTorchModel and FederatedAveraging in one process; its own sampling and order of examples;
@@ -29,7 +30,7 @@ from clients import cost
 from clients.task import Task
 from clients.train import perform
 from fedlora import experiment, report, workbench
-from fedlora.config import Config, EngineConfig, EvaluateConfig
+from fedlora.config import CheckpointConfig, Config, EngineConfig, EvaluateConfig
 from fedlora.engines import CLIENT_APP
 from fedlora.evaluate import evaluate
 from fedlora.messages import ServerState, Update
@@ -79,11 +80,11 @@ def warm(config: Config, rounds: int) -> dict[str, Any]:
     return {"cohort": cost.cohort_size(bench, "AB", config.cohort_size)}
 
 
-def run(config: Config, rounds: int, engine: str, app: str = CLIENT_APP) -> dict[str, Any]:
-    """A whole run on an engine."""
+def run(config: Config, rounds: int, engine: str, app: str = CLIENT_APP, checkpoints: int = 0) -> dict[str, Any]:
+    """A whole run on an engine, with a checkpoint every so many rounds."""
     with tempfile.TemporaryDirectory() as results:
         config = replace(config, rounds=rounds, results=results, evaluate=EvaluateConfig(every=rounds))
-        config = replace(config, engine=EngineConfig(engine)).checked()
+        config = replace(config, engine=EngineConfig(engine), checkpoint=CheckpointConfig(every=checkpoints)).checked()
         summary = experiment.run(config, time.perf_counter(), app)
         rows = report.read_rounds(Recorder(config).folder)
     seconds = rows[-1]["seconds"] - rows[1]["seconds"] - rows[-1]["seconds_evaluate"]
@@ -136,6 +137,7 @@ SIDES = {
     "warm": warm,
     "fedlora, one process": lambda config, rounds: run(config, rounds, "inline"),
     "fedlora, Ray workers": lambda config, rounds: run(config, rounds, "ray"),
+    "fedlora, with checkpoints": lambda config, rounds: run(config, rounds, "inline", checkpoints=1),
     "bare loop": bare,
     "pfl": pfl,
     "Flower": lambda config, rounds: run(config, rounds, "flower", "benchmarks.flower_client:app"),

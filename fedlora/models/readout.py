@@ -3,8 +3,8 @@
     … → block L−1 → attention of block L → output, feed-forward of block L → head
         all T positions                    the one that the head reads
 
-Exact: what other positions would get is never read, neither forward nor back. Which position that is, and which layers can
-do with it alone, is tried out on examples; a head that reads more (a mean over positions) leaves everything as it is.
+Exact: what other positions would get is never read, neither forward nor back. The gradient of the logits says which position
+that is; which layers can do with it alone is tried out. A head that reads more (a mean over positions) leaves all as it is.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -57,6 +56,7 @@ class Readout:
         order = np.argsort(lengths) if lengths is not None else np.arange(len(examples))
         if len(examples) and len(found := blocks(model)[0]):
             self.block, batch = found[-1], examples.batch(order[[0, len(order) // 2, -1]], model.device)
+            model.freeze()
             with torch.no_grad():
                 self._find(batch)
 
@@ -89,18 +89,28 @@ class Readout:
 
     def _find(self, batch: Batch) -> None:
         given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        made: list[Tensor] = []
 
         def keep(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given.append(copy.deepcopy((args, kwargs)))  # a block may add to a cache that it is given
 
-        hook = self.block.register_forward_pre_hook(keep, with_kwargs=True)
-        usual = self.model.forward(batch).logits
-        hook.remove()
-        for self.place in (first, last):
-            hook = self.block.register_forward_hook(partial(_everywhere, self.place, batch))
-            alone = self.model.forward(batch).logits
+        def watch(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            made.append(_hidden(output).detach().requires_grad_())
+            return (made[-1], *output[1:]) if isinstance(output, tuple) else made[-1]
+
+        hooks = [self.block.register_forward_pre_hook(keep, with_kwargs=True), self.block.register_forward_hook(watch)]
+        with torch.enable_grad():
+            logits = self.model.forward(batch).logits
+            weighed = (logits * torch.arange(1, 1 + logits.shape[1], device=logits.device)).sum()
+        for hook in hooks:
             hook.remove()
-            if _equal(alone, usual):
+        if len(made) > 1:  # the block is gone through more than once
+            return
+        (slopes,) = torch.autograd.grad(weighed, made)
+        is_read = (slopes != 0).any(2, keepdim=True)  # (N, T, 1)
+        positions = torch.arange(is_read.shape[1], device=is_read.device)[:, None].expand_as(is_read)
+        for self.place in (first, last):
+            if torch.equal(is_read, positions == self.place(batch, positions)):
                 break
         else:
             return
@@ -153,13 +163,6 @@ def _linear(module: nn.Module) -> bool:
     """Whether a module maps each position by itself by a weight: the expensive ones."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.dim() == 2 and not isinstance(module, nn.Embedding)
-
-
-def _everywhere(place: Place, batch: Batch, block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """The block's output with what stands at the one position everywhere."""
-    hidden = _hidden(output)
-    copied = place(batch, hidden).expand_as(hidden)
-    return (copied, *output[1:]) if isinstance(output, tuple) else copied
 
 
 def _hidden(output: Any) -> Tensor:
