@@ -14,6 +14,15 @@ from fedlora.config import Config, from_dict
 ROOT = Path(__file__).parent.parent
 
 
+# Files that mostly wait, for other processes or for Flower, so that three test processes keep two cores busy.
+FIRST = ("test_edge.py", "test_checkpoint.py", "test_cluster.py", "test_engines.py", "test_sweep.py", "test_cli.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that none of them is left to one process at the end."""
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def cache(tmp_path_factory):
     """A cache of calibrations of the tests' own, so that they neither use nor change the user's."""
