@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from fedlora.data import Dataset
     from fedlora.models.base import Base
 
-_PARTS = {"adapted", "base", "encode", "layout", "prefix", "readout", "rows", "targets"}  # modules of this package that are not models
+# Modules of this package that are not models.
+_PARTS = {"adapted", "base", "encode", "layout", "prefix", "readout", "rows", "targets"}
 
 
 def names() -> list[str]:
