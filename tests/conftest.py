@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 # Files that mostly wait, for other processes or for Flower, so that three test processes keep two cores busy.
 FIRST = ("test_edge.py", "test_checkpoint.py", "test_cluster.py", "test_engines.py", "test_sweep.py", "test_cli.py")
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would leave its workers nothing beside the other test processes
 
 
 def pytest_collection_modifyitems(items):
