@@ -57,9 +57,12 @@ def group(tasks: Sequence[Task], size: int) -> list[list[int]]:
 
 
 def measure(bench: Workbench, trains: str) -> int:
-    """The size with the fewest seconds a client and step, the sizes tried in rising order until one gains nothing."""
+    """The size with the fewest seconds a client and step, the sizes tried in rising order until two in a row gain nothing.
+
+    One may have had a busy moment of the machine.
+    """
     entries = bench.config.train.batch_size * sum(pair.A.size + pair.B.size for pair in bench.model.adapters().values())
-    began, best, least = time.perf_counter(), 1, np.inf
+    began, best, least, worse = time.perf_counter(), 1, np.inf, 0
     for size in SIZES:
         if size * entries > COPIES:
             break
@@ -67,10 +70,11 @@ def measure(bench: Workbench, trains: str) -> int:
             each = seconds(bench, trains, size)
         except torch.OutOfMemoryError:
             break
-        if each > GAIN * least:
-            break
-        best, least = size, each
-        if time.perf_counter() - began > PATIENCE:
+        if each <= GAIN * least:
+            best, least, worse = size, each, 0
+        else:
+            worse += 1
+        if worse == 2 or time.perf_counter() - began > PATIENCE:
             break
     return best
 

@@ -69,7 +69,13 @@ def test_a_measured_size_is_one_of_those_tried_and_leaves_training_alone(small, 
     assert cost.cohort_size(bench, "B", 10**6) == 1  # no patience: the first one tried
     monkeypatch.setattr(cost, "PATIENCE", 5.0)
     monkeypatch.setattr(cost, "quickest", lambda run: (run(), clock.pop(0))[1])
-    for seconds, best in (([1.0, 1.0, 1.0, 1.95], 4), ([1.0, 1.95], 1), ([1.0, 1.8, 3.4, 6.7], 4), ([1.0] * 7, 64)):
+    for seconds, best in (
+        ([1.0, 1.0, 1.0, 1.95, 3.9], 4),
+        ([1.0, 1.95, 3.9], 1),
+        ([1.0, 1.8, 3.4, 6.7, 13.4], 4),
+        ([1.0, 1.95, 1.0, 2.0, 4.0], 4),  # the second had a busy moment
+        ([1.0] * 7, 64),
+    ):
         clock = list(seconds)
         assert cost.measure(bench, "B") == best and not clock
 
