@@ -19,6 +19,7 @@ from flwr.clientapp import ClientApp
 from opacus import PrivacyEngine
 from torch.utils.data import DataLoader, TensorDataset
 
+from clients import start
 from clients.app import query
 from clients.task import local_steps
 from fedlora import messages, models, workbench
@@ -37,7 +38,8 @@ def train(message: Message, context: Context, epsilon: bool = False) -> Message:
 
     model = AdaptedModel(models.load(config.model, bench.dataset, config.seed), config.adapter, bench.model.device)
     parameters = model.trainable(job[messages.TRAINS])
-    model.write(*messages.unpack(message.content.array_records[messages.ARRAYS]))
+    begun = start.begin(bench, job, start.read(message.content.array_records[messages.ARRAYS]), context.state)
+    model.write(begun.adapters, begun.dense, begun.correction)  # fedlora's strategy sends what a client cannot derive
     model.train_mode()
     indices, _ = bench.examples_of(client)
     tensors = bench.train.batch(indices, model.device)
