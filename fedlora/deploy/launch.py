@@ -134,7 +134,9 @@ def bring(recorder: Recorder, number: str) -> str:
 def stopping(config: Config, number: str) -> Iterator[None]:
     """Ctrl-C within stops the run on the SuperLink too."""
     try:
-        yield
+        with CtrlC() as ctrl_c:  # which acts where a shell started the command in the background, too
+            yield
+            ctrl_c.check()
     except KeyboardInterrupt:
         flwr("stop", number, str(config.deploy))
         raise
