@@ -21,8 +21,6 @@ from typing import Any
 
 import numpy as np
 from flwr.app import RecordDict
-from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
-from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from safetensors import SafetensorError, numpy, safe_open
 
 from fedlora import disk, messages
@@ -55,7 +53,7 @@ class Checkpoint:
         parts = {SERVER: messages.named(state.adapters, state.dense, "AB", state.base_correction), EXTRA: state.extra}
         arrays = {prefix + name: np.asarray(array, order="C") for prefix, part in parts.items() for name, array in part.items()}
         for node, kept in self.clients.items():
-            arrays[f"{CLIENT}{node}"] = np.frombuffer(_serialized(kept), np.uint8)
+            arrays[f"{CLIENT}{node}"] = np.frombuffer(messages.to_bytes(kept), np.uint8)
         rest = {key: value for key, value in vars(self).items() if key not in ("state", "clients")}
         text = json.dumps({"version": VERSION, "scale": state.scale} | rest)
         return numpy.save(arrays, {"checkpoint": text, "digest": messages.digest(arrays, text)})
@@ -75,7 +73,7 @@ class Checkpoint:
             server = messages.sort(_under(SERVER, arrays))
             adapters = {layer: Pair(**both) for layer, both in server.factors.items()}
             state = ServerState(adapters, server.dense, server.correction, rest.pop("scale"), _under(EXTRA, arrays))
-            clients = {int(node): _kept(array) for node, array in _under(CLIENT, arrays).items()}
+            clients = {int(node): messages.from_bytes(array.tobytes()) for node, array in _under(CLIENT, arrays).items()}
             elsewhere = {int(node): round for node, round in rest["elsewhere"].items()}
             return cls(**rest | {"state": state, "clients": clients, "history": tuple(rest["history"]), "elsewhere": elsewhere})
         except (OSError, SafetensorError, KeyError, TypeError) as error:
@@ -208,13 +206,5 @@ def _under(prefix: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name.removeprefix(prefix): array for name, array in sorted(arrays.items()) if name.startswith(prefix)}
 
 
-def _serialized(kept: RecordDict) -> bytes:
-    return bytes(recorddict_to_proto(kept).SerializeToString())
-
-
 def _digest(kept: RecordDict) -> bytes:
-    return hashlib.sha256(_serialized(kept)).digest()
-
-
-def _kept(array: np.ndarray) -> RecordDict:
-    return recorddict_from_proto(ProtoRecordDict.FromString(array.tobytes()))
+    return hashlib.sha256(messages.to_bytes(kept)).digest()

@@ -23,6 +23,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
 from fedlora.lowrank import Adapters, Pair
 
@@ -203,6 +205,16 @@ def digest(arrays: Mapping[str, np.ndarray], text: str = "") -> str:
     for name, array in sorted(arrays.items()):
         found.update(f"/{name}/{array.dtype.str}/{array.shape}/".encode() + array.tobytes())
     return found.hexdigest()
+
+
+def to_bytes(content: RecordDict) -> bytes:
+    """The content as Flower serialises it, for a file."""
+    return bytes(recorddict_to_proto(content).SerializeToString())
+
+
+def from_bytes(content: bytes) -> RecordDict:
+    """The inverse of `to_bytes`."""
+    return recorddict_from_proto(ProtoRecordDict.FromString(content))
 
 
 def first(content: RecordDict, kind: type[Record]) -> Record | None:

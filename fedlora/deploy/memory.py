@@ -14,10 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flwr.app import RecordDict
-from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
-from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
-from fedlora import disk
+from fedlora import disk, messages
 from fedlora.check import RunError
 
 KEPT = "kept"
@@ -55,7 +53,7 @@ class Memory:
         files = self._files(experiment)
         try:
             if state:
-                content, path = recorddict_to_proto(state).SerializeToString(), self._path(experiment, round)
+                content, path = messages.to_bytes(state), self._path(experiment, round)
                 path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
                 disk.write(path, hashlib.sha256(content).digest() + content, mode=0o600)
                 files[round] = path
@@ -81,4 +79,4 @@ def _read(path: Path) -> RecordDict:
     content = path.read_bytes()
     if hashlib.sha256(content[DIGEST:]).digest() != content[:DIGEST]:
         raise ValueError("its digest is another one")
-    return recorddict_from_proto(ProtoRecordDict.FromString(content[DIGEST:]))
+    return messages.from_bytes(content[DIGEST:])

@@ -57,7 +57,8 @@ class Worker:
         for batch, own, before in zip(cohorts, contents, states, strict=True):
             carried = [carrying(message, self.held[key]) for message, key in zip(batch, own, strict=True)]
             played, after = play(self.app, carried, before, clients)
-            replies, kept = replies + played, kept + after
+            replies += played
+            kept += after
         return self.app.added(replies) if adds(self.app, carried) else replies, kept
 
 
