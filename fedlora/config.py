@@ -144,7 +144,8 @@ class PrivacyConfig:
     clip: float = setting(1.0, "bound on the norm of one record's gradient (record), of a client's whole update (user)")
     noise_multiplier: float | None = setting(None, "σ (record) or z (user); none: derived from epsilon")
     participation: str = setting("schedule", "record: the rounds that σ is derived for: schedule, worst, or expected")
-    accountant: str = setting("prv", "record: prv, or rdp (quicker, 8 to 29 % looser)")
+    adjacency: str = setting("add_remove", "neighbours differ in one that adds nothing (add_remove) or is another (replace)")
+    accountant: str = setting("prv", "record: prv, or rdp (quicker, 8 to 29 % looser; add_remove only)")
     sampling: str = setting("poisson", "user: how a cohort is drawn and accounted: poisson, fixed or none (no amplification)")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedlora.config import Config
+from fedlora.privacy.claim import claim
 from fedlora.records import ROUNDS
 
 
@@ -30,6 +31,7 @@ def summarise(config: Config, rows: list[dict[str, Any]]) -> dict[str, Any]:
     evaluated = [row for row in rows if "accuracy" in row]
     first, last = (evaluated[0], evaluated[-1]) if evaluated else ({}, {})
     clients: dict[str, Any] = next((row for row in reversed(rows) if "client_accuracy_mean" in row), {})
+    epsilon = rows[-1].get("epsilon_max") if rows else None
     trained = rows[1:]  # round 0 is the evaluation before any training
     return {
         "strategy": config.strategy["name"],
@@ -42,7 +44,8 @@ def summarise(config: Config, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "macro_f1": last.get("macro_f1"),
         "client_accuracy": clients.get("client_accuracy_mean"),
         "client_accuracy_worst_decile": clients.get("client_accuracy_worst_decile"),
-        "epsilon": rows[-1].get("epsilon_max") if rows else None,
+        "epsilon": epsilon,
+        "privacy": claim(config, epsilon),
         "accuracy_before": first.get("accuracy"),
         "bytes_up": sum(row["bytes_up"] for row in trained),
         "bytes_down": sum(row["bytes_down"] for row in trained),

@@ -178,6 +178,7 @@ def _check_privacy(config: Config) -> None:
     check.one_of(("none", "record", "user"), **{"privacy.name": privacy.name})
     check.one_of(("schedule", "worst", "expected"), **{"privacy.participation": privacy.participation})
     check.one_of(("prv", "rdp"), **{"privacy.accountant": privacy.accountant})
+    check.one_of(("add_remove", "replace"), **{"privacy.adjacency": privacy.adjacency})
     check.positive(**{"privacy.delta": privacy.delta})
     check.below_one(**{"privacy.delta": privacy.delta})
     check.positive(**{"privacy.clip": privacy.clip})
@@ -199,6 +200,8 @@ def _check_privacy(config: Config) -> None:
         if privacy.epsilon is not None and privacy.noise_multiplier is not None:
             raise ConfigError("privacy=user takes privacy.epsilon or privacy.noise_multiplier, not both; remove one")
         return
+    if privacy.adjacency == "replace" and privacy.accountant == "rdp":
+        raise ConfigError("privacy.accountant=rdp bounds no privacy.adjacency=replace; set privacy.accountant=prv")
     if config.train.max_grad_norm is not None:
         raise ConfigError(
             f"train.max_grad_norm={config.train.max_grad_norm} clips whole batches, which bounds no record's part; "

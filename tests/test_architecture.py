@@ -39,7 +39,7 @@ ALLOWED = {
     "fedlora.evaluate": {"fedlora.models"},
     "fedlora.engines": {"fedlora.check", "fedlora.config", "fedlora.workbench"},
     "fedlora.workbench": {"fedlora.check", "fedlora.config", "fedlora.data", "fedlora.models"},
-    "fedlora.report": {"fedlora.config", "fedlora.records"},
+    "fedlora.report": {"fedlora.config", "fedlora.privacy.claim", "fedlora.records"},
     "fedlora.checkpoint": {"fedlora.check", "fedlora.config", "fedlora.disk", "fedlora.lowrank", "fedlora.messages"},
     "fedlora.privacy": {
         "fedlora.cache",

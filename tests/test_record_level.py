@@ -116,7 +116,7 @@ def test_what_is_derived_is_said_in_one_line() -> None:
     guard = Guard(PrivacyConfig("record", epsilon=3.0), CLIENTS, 10, 0.35, lambda ledger: None)
     name, value, reason = guard.derivation()
     assert name == "σ" and value.count(" to ") == 1
-    assert reason == "ε = 3, δ = 1e-05, q = 0.25, 10 to 90 steps by the schedule, PRV"
+    assert reason == "ε = 3, δ = 1e-05, add_remove, q = 0.25, 10 to 90 steps by the schedule, PRV"
     expected = PrivacyConfig("record", epsilon=3.0, participation="expected")
     assert "NOT A GUARANTEE" in Guard(expected, CLIENTS, 10, 0.35, lambda ledger: None).derivation()[2]
 

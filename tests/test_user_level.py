@@ -99,7 +99,7 @@ def test_no_updates_in_the_plane_are_worse_than_the_worst_on_a_line(seed) -> Non
     absent = (1 - rate) * sum(density(y) for y in others) / len(others)
     P, P0 = rate * density(x) + absent, rate * density(np.zeros(2)) + absent
     losses = np.array([0.0, 0.1, 0.5, 1.0, 2.0, 4.0])
-    remove, add = user_level._divergences(losses, z, rate)
+    remove, add = user_level._divergences(losses, z, rate, "add_remove")
     for loss, largest, largest_back in zip(losses, remove, add, strict=True):
         assert np.maximum(P - np.exp(loss) * P0, 0).sum() <= largest + 1e-6
         assert np.maximum(P0 - np.exp(loss) * P, 0).sum() <= largest_back + 1e-6

@@ -1,15 +1,20 @@
 """How much privacy a history of noisy steps has spent: ε for a given δ.
 
 One step of DP-SGD takes every record with probability q (Poisson sampling), clips its gradient to C and adds
-N(0, (σC)²) to the sum. A history counts such steps by (σ, q); in any order they compose to one (ε, δ) guarantee for the
-adding or removing of one record.
+N(0, (σC)²) to the sum. A history counts such steps by (σ, q); in any order they compose to one (ε, δ) guarantee between
+neighbours, which are of one of two kinds (the adjacency):
 
-Three upper bounds, all valid for any history:
+* `add_remove`: a record is there, or it adds nothing to any sum, which then moves by C at most;
+* `replace`: a record is there, or another one in its place, and the sum moves by 2C at most.
+
+Three upper bounds for `add_remove`, all valid for any history:
 
 * `prv` (the default): composes the distributions of the privacy loss numerically (Gopi, Lee and Wutschitz, 2021), with
   parts of Opacus; the exact ε plus 0.010;
 * `rdp`: Rényi moments (Mironov, Talwar and Zhang, 2019), with Opacus' formulas; fast and 8 to 29 % looser;
 * `gaussian`: exact for q = 1, and for q < 1 a bound that gives away the amplification by sampling.
+
+For `replace`: `pairs.replace`, and for q = 1 exactly `gaussian` at half of σ.
 
 The Gaussian-DP (central limit) accountant is not here: it understates ε.
 """
@@ -26,31 +31,33 @@ from collections.abc import Mapping
 import numpy as np
 
 from fedlora import check
+from fedlora.check import ConfigError
+from fedlora.privacy import pairs
+from fedlora.privacy.pairs import OutOfReach
 
 History = dict[tuple[float, float], int]  # (noise multiplier σ, sampling rate q) → steps
 
 ACCOUNTANTS = ("prv", "rdp")
+ADJACENCIES = ("add_remove", "replace")
 PRV_ERROR = 0.01  # what PRV adds to ε for its own discretisation
 PRV_GRID = 2**22  # most points of one PRV grid; four times as many for all keys of a history together
-PRV_RANGE = 700.0  # largest privacy loss on a PRV grid: e^709 is the last that a float64 can hold
 HIGH_ORDERS = (72, 96, 128, 192, 256, 384, 512)  # above Opacus' 63: they matter for ε below 0.3
 ORDERS = (*(1 + tenth / 10 for tenth in range(1, 100)), *range(11, 64), *HIGH_ORDERS)
 WHOLE_ORDERS = (*range(2, 17), 20, 24, 28, 32, 40, 48, 63)  # for the range of a grid: few and quick
 
 
 class LooserBound(UserWarning):
-    """ε comes from a looser, still valid bound, because PRV cannot be computed for this history."""
+    """ε comes from a looser, still valid bound, because the usual one cannot be computed for this history."""
 
 
-class OutOfReach(ArithmeticError):
-    """PRV cannot be computed here; the text says why."""
+def epsilon(
+    history: Mapping[tuple[float, float], int], delta: float, accountant: str = "prv", adjacency: str = "add_remove"
+) -> float:
+    """The ε that `history` has spent at `delta`, between neighbours of this `adjacency`.
 
-
-def epsilon(history: Mapping[tuple[float, float], int], delta: float, accountant: str = "prv") -> float:
-    """The ε that `history` has spent at `delta`.
-
-    Guarantee: the steps of `history` are (ε, δ)-DP for adding or removing one record, if each was the Poisson-sampled
-    Gaussian mechanism of its key. ε grows with steps and q and falls with σ (for "prv" up to 1e-3 of numerics).
+    Guarantee: the steps of `history` are (ε, δ)-DP for adding or removing one record, or for replacing one, if each was the
+    Poisson-sampled Gaussian mechanism of its key. ε grows with steps and q and falls with σ (for "prv" up to 1e-3 of
+    numerics).
 
     | history                             | ε                                                                     |
     |-------------------------------------|-----------------------------------------------------------------------|
@@ -61,16 +68,22 @@ def epsilon(history: Mapping[tuple[float, float], int], delta: float, accountant
     | keys with the same (σ, q)           | as their sum: steps compose                                           |
     | several (σ, q)                      | their heterogeneous composition                                       |
     | beyond PRV (see `prv`)              | the smaller of `rdp` and `gaussian`, with a `LooserBound` warning     |
+    | replace, all q = 1                  | exactly `gaussian` at σ/2                                             |
+    | replace, beyond `pairs.replace`     | `gaussian` at σ/2, with a `LooserBound` warning                       |
+    | replace with "rdp"                  | ConfigError: no such bound is here                                    |
     | σ < 0, q outside (0, 1], steps < 0, |                                                                       |
     | δ outside (0, 1), NaN anywhere      | ConfigError                                                           |
     """
     check.one_of(ACCOUNTANTS, **{"privacy.accountant": accountant})
+    check.one_of(ADJACENCIES, **{"privacy.adjacency": adjacency})
+    if adjacency == "replace" and accountant == "rdp":
+        raise ConfigError("privacy.accountant=rdp bounds no privacy.adjacency=replace; set privacy.accountant=prv")
     spent = checked(history, delta)
     if not spent:
         return 0.0
     if min(sigma for sigma, _ in spent) == 0:
         return math.inf
-    value, reason = _epsilon(tuple(sorted(spent.items())), float(delta), accountant)
+    value, reason = _epsilon(tuple(sorted(spent.items())), float(delta), accountant, adjacency)
     if reason:
         warnings.warn(f"PRV is out of reach ({reason}): ε is a looser, still valid bound", LooserBound, stacklevel=2)
     return value
@@ -117,7 +130,7 @@ def prv(history: History, delta: float) -> float:
     half = 3 + max(_range(history, slack / 4), *losses, PRV_ERROR)
     fineness = math.sqrt(total * math.log(12 / slack) / 2)  # error in ε = mesh · fineness
     error = max(PRV_ERROR, 2 * half * fineness * max(1, len(history) / 4) / PRV_GRID)
-    if half > PRV_RANGE or error > 1:
+    if half > pairs.LARGEST or error > 1:
         raise OutOfReach(f"a privacy loss of up to {half:.0f} is too large for its grid")
     mesh = error / fineness
     points = next_fast_len(math.ceil(half / mesh) + 1, real=True)  # on either side of zero
@@ -152,6 +165,8 @@ def gaussian(history: History, delta: float) -> float:
 
     Guarantee: exact for q = 1, and an upper bound for q < 1, since sampling is a post-processing of the pair of outputs.
 
+    Records that are replaced move the sum twice as far: `halved(history)` is what they spend.
+
     | case            | ε   |
     |-----------------|-----|
     | δ(0) ≤ δ        | 0   |
@@ -172,10 +187,24 @@ def gaussian(history: History, delta: float) -> float:
     return float(brentq(excess, 0.0, mu * mu / 2 + mu * math.sqrt(-2 * math.log(delta)), xtol=1e-12, rtol=1e-14))
 
 
+def halved(history: History) -> History:
+    """The same steps at half of their σ: noise that stands against sums twice as far apart."""
+    return {(sigma / 2, rate): steps for (sigma, rate), steps in history.items()}
+
+
 @functools.lru_cache(maxsize=4096)
-def _epsilon(spent: tuple[tuple[tuple[float, float], int], ...], delta: float, accountant: str) -> tuple[float, str]:
+def _epsilon(
+    spent: tuple[tuple[tuple[float, float], int], ...], delta: float, accountant: str, adjacency: str
+) -> tuple[float, str]:
     """ε, and why it is a looser bound than was asked for ('' if it is not)."""
     history = dict(spent)
+    if adjacency == "replace":
+        anyhow = gaussian(halved(history), delta)
+        try:
+            sampled = any(rate < 1 for _, rate in history)
+            return (min(pairs.replace(history, delta), anyhow) if sampled else anyhow), ""
+        except OutOfReach as reason:
+            return anyhow, str(reason)
     if accountant == "rdp":
         return rdp(history, delta), ""
     try:

@@ -1,11 +1,12 @@
 """The smallest noise that keeps a budget: σ for a target ε, for one client or for all of them.
 
-Every σ that leaves this file was put back into `accounting.epsilon`. The search follows secants in (log σ, log ε) from
-the central limit of Gaussian DP, which understates ε and so serves as a first guess only. Among many clients a smooth
-curve through those that are solved foretells the next, so that most of them take one evaluation.
+Every σ that leaves this file was put back into `accounting.epsilon` by this process, one from the cache too. The search
+follows secants in (log σ, log ε) from the central limit of Gaussian DP, which understates ε and so serves as a first guess
+only. Among many clients a smooth curve through those that are solved foretells the next, so that most of them take one
+evaluation.
 
 Answers are kept in memory and in `calibration.json` in the cache folder ($FEDLORA_CACHE, else ~/.cache/fedlora). A cache
-that cannot be read or written costs time, never a run.
+that cannot be read or written, or that holds another σ than it should, costs time, never a run or its privacy.
 """
 
 from __future__ import annotations
@@ -28,15 +29,22 @@ Job = tuple[float, int]  # (sampling rate q, steps)
 
 TOLERANCE = 0.02  # a σ is small enough if its ε lies in [target − tolerance, target]
 MOST_NOISE = 1e6  # no search goes beyond this σ
-VERSION = 1  # of the search: part of every cache key, together with Opacus' version
+VERSION = 2  # of the search: part of every cache key, together with Opacus' version
 
 _memory: dict[str, float] = {}
 
 
-def noise_multiplier(epsilon: float, delta: float, sample_rate: float, steps: int, accountant: str = "prv") -> float:
+def noise_multiplier(
+    epsilon: float,
+    delta: float,
+    sample_rate: float,
+    steps: int,
+    accountant: str = "prv",
+    adjacency: str = "add_remove",
+) -> float:
     """The smallest σ with which `steps` steps at `sample_rate` spend at most `epsilon` at `delta`.
 
-    Guarantee: accounting.epsilon({(σ, sample_rate): steps}, delta, accountant) lies in [ε − tolerance(ε), ε].
+    Guarantee: accounting.epsilon({(σ, sample_rate): steps}, delta, accountant, adjacency) lies in [ε − tolerance(ε), ε].
 
     | case                                              | answer                                   |
     |---------------------------------------------------|------------------------------------------|
@@ -48,10 +56,16 @@ def noise_multiplier(epsilon: float, delta: float, sample_rate: float, steps: in
     | hundred)                                          | below the band                           |
     """
     check.positive(steps=operator.index(steps))
-    return calibrate(epsilon, delta, {0: (sample_rate, steps)}, accountant)[0]
+    return calibrate(epsilon, delta, {0: (sample_rate, steps)}, accountant, adjacency)[0]
 
 
-def calibrate(epsilon: float, delta: float, jobs: Mapping[int, Job], accountant: str = "prv") -> dict[int, float]:
+def calibrate(
+    epsilon: float,
+    delta: float,
+    jobs: Mapping[int, Job],
+    accountant: str = "prv",
+    adjacency: str = "add_remove",
+) -> dict[int, float]:
     """client → σ, for client → (its sampling rate, its steps); equal jobs are computed once.
 
     Guarantee: that of `noise_multiplier`, for every client at its own rate and steps. A client with no steps is left out:
@@ -64,20 +78,29 @@ def calibrate(epsilon: float, delta: float, jobs: Mapping[int, Job], accountant:
     active = {client: (float(rate), operator.index(steps)) for client, (rate, steps) in jobs.items() if steps}
     if math.isinf(epsilon):
         return dict.fromkeys(active, 0.0)
-    keys = {job: f"{float(epsilon)!r} {float(delta)!r} {job} {accountant} {_version()}" for job in set(active.values())}
-    if not set(keys.values()) <= _memory.keys():
-        _memory.update(cache.read("calibration"))
-    missing = [job for job, key in keys.items() if key not in _memory]
-    if missing:
-        solved = _solve(float(epsilon), float(delta), missing, accountant)
-        _memory.update({keys[job]: sigma for job, sigma in solved.items()})
-        cache.add("calibration", _memory)
+    aim = f"{float(epsilon)!r} {float(delta)!r} {accountant} {adjacency} {_version()}"
+    keys = {job: f"{job} {aim}" for job in set(active.values())}
+    curve = functools.partial(_quiet_epsilon, float(delta), accountant, adjacency)
+    if missing := [job for job, key in keys.items() if key not in _memory]:
+        kept = cache.read("calibration")
+        found = {job: kept[keys[job]] for job in missing if keys[job] in kept}
+        right = {job: sigma for job, sigma in found.items() if within(curve(job, sigma), epsilon)}
+        wrong = [job for job in missing if job not in right]
+        solved = _solve(float(epsilon), float(delta), wrong, curve) if wrong else {}
+        _memory.update({keys[job]: sigma for job, sigma in (right | solved).items()})
+        if solved:
+            cache.add("calibration", {keys[job]: sigma for job, sigma in solved.items()})
     return {client: _memory[keys[job]] for client, job in active.items()}
 
 
 def tolerance(epsilon: float) -> float:
     """How far below its target an ε may lie: 0.02, or 4 % of the target where that is less."""
     return min(TOLERANCE, 0.04 * epsilon)
+
+
+def within(value: float, epsilon: float) -> bool:
+    """Whether an ε meets its target."""
+    return epsilon - tolerance(epsilon) <= value <= epsilon
 
 
 def search(curve: Callable[[float], float], epsilon: float, guess: float, slope: float = -1.3) -> float:
@@ -92,7 +115,7 @@ def search(curve: Callable[[float], float], epsilon: float, guess: float, slope:
     for evaluation in itertools.count():
         value = curve(sigma)
         low, high = (sigma, high) if value > epsilon else (low, sigma)
-        if epsilon - tolerance(epsilon) <= value <= epsilon or high < low * (1 + 1e-9):
+        if within(value, epsilon) or high < low * (1 + 1e-9):
             break
         if low >= MOST_NOISE:
             least = f"even privacy.noise_multiplier={low:g} certifies no less than {value:.2g}"
@@ -107,8 +130,10 @@ def search(curve: Callable[[float], float], epsilon: float, guess: float, slope:
     return high
 
 
-def _solve(epsilon: float, delta: float, jobs: list[Job], accountant: str) -> dict[Job, float]:
+def _solve(epsilon: float, delta: float, jobs: list[Job], curve: Callable[[Job, float], float]) -> dict[Job, float]:
     """(q, steps) → σ, from the central limit, in which ε depends on μ² = q² steps (e^(1/σ²) − 1) alone.
+
+    `curve` gives ε for a job and σ. The limit is that of adding and removing records; replacing them doubles every μ.
 
     The μ that really belongs to ε varies smoothly with (q, steps). The jobs are solved in the order 0, ½, ¼, ¾, ⅛, … of
     q √steps, and a Gaussian process through the log μ of those before foretells the next one.
@@ -124,21 +149,21 @@ def _solve(epsilon: float, delta: float, jobs: list[Job], accountant: str) -> di
     widths = np.full(len(jobs), math.log(limit))  # log μ
     solved = {}
     for n, (job, unit) in enumerate(zip(jobs, 2 * rates + steps, strict=True)):
-        curve = functools.partial(_quiet_epsilon, job, delta, accountant)
         width = widths[0] + kernel[n, :n] @ np.linalg.solve(kernel[:n, :n], widths[:n] - widths[0])
         inverse = float(np.logaddexp(0, 2 * width - unit))  # 1 / σ²
-        solved[job] = search(curve, epsilon, inverse**-0.5, slope=growth * inverse / math.expm1(-inverse))
+        slope = growth * inverse / math.expm1(-inverse)
+        solved[job] = search(functools.partial(curve, job), epsilon, inverse**-0.5, slope)
         inverse = solved[job] ** -2
-        excess = math.log(max(curve(solved[job]), 1e-12) / aim)
+        excess = math.log(max(curve(job, solved[job]), 1e-12) / aim)
         widths[n] = (unit + inverse + math.log(-math.expm1(-inverse))) / 2 - excess / growth
     return solved
 
 
-def _quiet_epsilon(job: Job, delta: float, accountant: str, sigma: float) -> float:
+def _quiet_epsilon(delta: float, accountant: str, adjacency: str, job: Job, sigma: float) -> float:
     """`accounting.epsilon`, without a word about points that the search merely passes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", accounting.LooserBound)
-        return accounting.epsilon({(sigma, job[0]): job[1]}, delta, accountant)
+        return accounting.epsilon({(sigma, job[0]): job[1]}, delta, accountant, adjacency)
 
 
 @functools.cache

@@ -35,11 +35,12 @@ class UserLedger:
     cohort: int  # expected size m
     sampling: str  # poisson, fixed or none
     rounds: int = 0  # released so far
+    adjacency: str = "add_remove"
 
     def epsilon(self, delta: float) -> float:
         """ε spent at δ by every client, whether it was drawn or not."""
         arguments = (self.noise_multiplier, self.clients, self.cohort, self.rounds, delta, self.sampling)
-        return user_epsilon(*arguments)
+        return user_epsilon(*arguments, self.adjacency)
 
     def save(self, path: Path) -> None:
         """Replace the file in one move; it never counts less than before, since a run that is continued takes rounds again."""
@@ -74,8 +75,9 @@ class UserGuard:
         z = config.noise_multiplier
         if z is None:
             assert config.epsilon is not None  # the configuration was checked
-            z = user_noise_multiplier(config.epsilon, clients, cohort, rounds, config.delta, config.sampling)
-        self.ledger = UserLedger(z, clients, cohort, config.sampling)
+            counted = clients, cohort, rounds, config.delta, config.sampling, config.adjacency
+            z = user_noise_multiplier(config.epsilon, *counted)
+        self.ledger = UserLedger(z, clients, cohort, config.sampling, adjacency=config.adjacency)
         self.measured: dict[str, float] = {}  # of the newest round, for diagnosis; not private
 
     def admit(self, round: int, cohort: list[int]) -> list[int]:
@@ -130,7 +132,8 @@ class UserGuard:
     def derivation(self) -> tuple[str, str, str]:
         """How z came about, as (name, value, reason)."""
         counted, config = self.ledger, self.config
-        how = f"{config.sampling} sampling of {counted.cohort} of {counted.clients} clients, {self.rounds} rounds"
+        drawn = f"{config.sampling} sampling of {counted.cohort} of {counted.clients} clients"
+        how = f"{config.adjacency}, {drawn}, {self.rounds} rounds"
         if config.noise_multiplier is not None:
             return "z", f"{counted.noise_multiplier:.3g}", f"privacy.noise_multiplier, {how}"
         return "z", f"{counted.noise_multiplier:.3g}", f"ε = {config.epsilon:g}, δ = {config.delta:g}, user level, {how}"

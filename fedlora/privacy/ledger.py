@@ -52,13 +52,13 @@ class Ledger:
         """A copy of what `client` has spent; empty for a client that has not trained."""
         return dict(self._spent.get(client, {}))
 
-    def epsilon(self, client: int, delta: float, accountant: str = "prv") -> float:
+    def epsilon(self, client: int, delta: float, accountant: str = "prv", adjacency: str = "add_remove") -> float:
         """The ε that `client` has spent at `delta`: 0 if it has not trained, inf after a step without noise."""
-        return accounting.epsilon(self.history(client), delta, accountant)
+        return accounting.epsilon(self.history(client), delta, accountant, adjacency)
 
-    def epsilons(self, delta: float, accountant: str = "prv") -> dict[int, float]:
+    def epsilons(self, delta: float, accountant: str = "prv", adjacency: str = "add_remove") -> dict[int, float]:
         """client → ε spent, for every client that has spent something; equal histories are evaluated once."""
-        return {client: self.epsilon(client, delta, accountant) for client in self}
+        return {client: self.epsilon(client, delta, accountant, adjacency) for client in self}
 
     def after(self, client: int, noise_multiplier: float, rate: float, steps: int) -> Ledger:
         """The ledger of `client` alone, after `steps` more steps."""
@@ -75,15 +75,17 @@ class Ledger:
         budget: float,
         delta: float,
         accountant: str = "prv",
+        adjacency: str = "add_remove",
     ) -> bool:
         """Whether `client` would be above the ε of `budget` after `steps` more steps.
 
-        RDP, which is quick for a (σ, q) seen before, settles most cases: what is far enough below it is below PRV too.
+        RDP, which is quick for a (σ, q) seen before, settles most cases: what is far enough below it is below PRV too. It
+        bounds no replacing of records.
         """
         planned = self.after(client, noise_multiplier, rate, steps)
-        if planned.epsilon(client, delta, "rdp") <= budget - 2 * accounting.PRV_ERROR:
+        if adjacency == "add_remove" and planned.epsilon(client, delta, "rdp") <= budget - 2 * accounting.PRV_ERROR:
             return False
-        return planned.epsilon(client, delta, accountant) > budget
+        return planned.epsilon(client, delta, accountant, adjacency) > budget
 
     def merge(self, other: Ledger) -> None:
         """Add what `other` holds; merging the same ledger twice counts it twice."""

@@ -1,6 +1,7 @@
 """Record-level privacy of a whole run: which noise each client needs, what it has spent, and when it stops.
 
-Neighbours differ in one record of one client; the server and everybody on the wire see every message. A client's ε
+Neighbours differ in one record of one client, by `privacy.adjacency`: it adds nothing (`add_remove`), or is another one
+(`replace`). The server and everybody on the wire see every message. A client's ε
 composes over the steps that it takes itself. The sizes of clients and the schedule of participation count as public.
 Aggregation is post-processing and costs nothing; choosing settings or a round by looking at private data is not covered.
 """
@@ -94,7 +95,7 @@ class Guard:
     def spent(self) -> dict[str, Any]:
         """ε spent so far over all clients, those that never took part at 0: largest, quartiles; and who stopped."""
         for client in self._outdated:
-            self._epsilons[client] = self.ledger.epsilon(client, self.config.delta, self.config.accountant)
+            self._epsilons[client] = self._epsilon(client)
         self._outdated.clear()
         quartiles = np.quantile(self._epsilons, [0.25, 0.5, 0.75], method="inverted_cdf")
         names = ("epsilon_lower_quartile", "epsilon_median", "epsilon_upper_quartile")
@@ -103,21 +104,22 @@ class Guard:
         return {"epsilon_max": float(self._epsilons.max())} | measured | stops
 
     def derivation(self) -> tuple[str, str, str]:
-        """How σ came about, as (name, value, reason): «σ: 1.21  (ε = 3, δ = 1e-05, q = 0.2, 100 steps, PRV)»."""
+        """How σ came about, as (name, value, reason): «σ: 1.21  (ε = 3, δ = 1e-05, add_remove, q = 0.2, …)»."""
         config = self.config
         active = [i for i, client in enumerate(self.clients) if client.rounds]
         q = _span([self.clients[i].rate for i in active])
         sigma = _span([self.noise_multipliers[i] for i in active])
         if config.noise_multiplier is not None:
             stop = f", clients stop at ε = {config.epsilon:g}" if config.epsilon is not None else ""
-            return "σ", sigma, f"privacy.noise_multiplier, q = {q}{stop}"
+            return "σ", sigma, f"privacy.noise_multiplier, {config.adjacency}, q = {q}{stop}"
         steps = _span([self.clients[i].steps * self.clients[i].rounds for i in active])
         label = {
             "schedule": f"{steps} steps by the schedule",
             "worst": "as if drawn in every round",
             "expected": f"for the expected participation; NOT A GUARANTEE: {steps} steps are really taken",
         }[config.participation]
-        reason = f"ε = {config.epsilon:g}, δ = {config.delta:g}, q = {q}, {label}, {config.accountant.upper()}"
+        claim = f"ε = {config.epsilon:g}, δ = {config.delta:g}, {config.adjacency}"
+        reason = f"{claim}, q = {q}, {label}, {config.accountant.upper()}"
         return "σ", sigma, reason
 
     def _would_exceed(self, client: int) -> bool:
@@ -125,12 +127,15 @@ class Guard:
             return False
         which = self.clients[client]
         arguments = (client, self.noise_multipliers[client], which.rate, which.steps, self.limit, self.config.delta)
-        return self.ledger.would_exceed(*arguments, self.config.accountant)
+        return self.ledger.would_exceed(*arguments, self.config.accountant, self.config.adjacency)
+
+    def _epsilon(self, client: int) -> float:
+        return self.ledger.epsilon(client, self.config.delta, self.config.accountant, self.config.adjacency)
 
     def _why(self, client: int) -> str:
-        spent = self.ledger.epsilon(client, self.config.delta, self.config.accountant)
         steps = self.clients[client].steps
-        return f"has spent ε = {spent:.4g}, and {steps} more steps would take it above privacy.epsilon={self.limit:g}"
+        spent = f"has spent ε = {self._epsilon(client):.4g}"
+        return f"{spent}, and {steps} more steps would take it above privacy.epsilon={self.limit:g}"
 
 
 def noise_multipliers(config: PrivacyConfig, clients: list[Client], rounds: int, fraction: float) -> list[float]:
@@ -152,7 +157,7 @@ def noise_multipliers(config: PrivacyConfig, clients: list[Client], rounds: int,
         number: (client.rate, client.steps * max(1, counted.get(config.participation, client.rounds)))
         for number, client in enumerate(clients)
     }
-    sigmas = calibrate(config.epsilon, config.delta, jobs, config.accountant)
+    sigmas = calibrate(config.epsilon, config.delta, jobs, config.accountant, config.adjacency)
     return [sigmas[number] for number in range(len(clients))]
 
 
