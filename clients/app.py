@@ -44,6 +44,7 @@ class CohortApp(ClientApp):
         """The replies to the training messages of one experiment, in their order; the clients share their passes."""
         from clients.cohort import Member, train_together
 
+        _ensure(batch[0][0])
         started = time.perf_counter()
         bench = _job(batch[0][0])[1]
         if bench.rows.refusal:
@@ -96,6 +97,7 @@ def train(message: Message, context: Context) -> Message:
     """Write the broadcast into the resident model, train on this client's examples, send back what was trained."""
     from clients.train import perform  # torch and transformers load here, not for a roll call
 
+    _ensure(message)
     started = time.perf_counter()
     bench, task = _job(message)[1], _task(message, context)
     (begun,) = _starts([(message, context)], bench)
@@ -146,6 +148,15 @@ def _job(message: Message) -> tuple[ConfigRecord, Workbench]:
 
     job: ConfigRecord = message.content.config_records[messages.CONFIG]
     return job, workbench.build_from(str(job[messages.EXPERIMENT]))
+
+
+def _ensure(message: Message) -> None:
+    """Raises ConfigError where a private step would bound no record; tried once a process."""
+    job, bench = _job(message)
+    if bench.config.privacy.name == "record":
+        from clients.bounded import ensure  # Opacus takes a second to load
+
+        ensure(bench, str(job[messages.TRAINS]))
 
 
 def _task(message: Message, context: Context) -> Task:

@@ -178,18 +178,25 @@ def rows_are_not_records(rows: int, records: int) -> RunError:
 
 
 @contextmanager
+def hooks(model: AdaptedModel) -> Iterator[None]:
+    """While this lasts, a backward pass leaves the gradients of single records in `grad_sample` of what is trained."""
+    with warnings.catch_warnings():
+        # Opacus listens to the gradients of the outputs only, and torch says at every step that there are others.
+        warnings.filterwarnings("ignore", message="Full backward hook is firing")
+        installed = GradSampleHooks(model.peft, loss_reduction="mean")
+        try:
+            yield
+        finally:
+            installed.cleanup()
+
+
+@contextmanager
 def hooked(
     model: AdaptedModel, examples: Encoded, parameters: list[nn.Parameter], descent: PrivateDescent, physical: int
 ) -> Iterator[PrivateStep]:
     """A `PrivateStep`; Opacus' hooks sit in the model only as long as it lasts."""
-    with warnings.catch_warnings():
-        # Opacus listens to the gradients of the outputs only, and torch says at every step that there are others.
-        warnings.filterwarnings("ignore", message="Full backward hook is firing")
-        hooks = GradSampleHooks(model.peft, loss_reduction="mean")
-        try:
-            yield PrivateStep(model, examples, parameters, descent, physical)
-        finally:
-            hooks.cleanup()
+    with hooks(model):
+        yield PrivateStep(model, examples, parameters, descent, physical)
 
 
 def flatten(parameters: list[nn.Parameter]) -> nn.Parameter:

@@ -86,12 +86,27 @@ def derive(bench: Workbench, strategy: LoRAStrategy, state: ServerState, guard: 
         ("device", str(model.device), f"device={config.device}"),
     ]  # fmt: skip
     if guard is not None:
-        rows += [guard.derivation(), *cautions(config, counts)]
+        rows += [guard.derivation(), *sensitivity(bench, strategy), *cautions(config, counts)]
     if config.engine.name != "inline":
         workers, gpus = engines.resources(config)
         reason = "engine.workers" if config.engine.workers else "one a GPU" if gpus else "one a core"
         rows.append(("workers", f"{workers}", reason))
     return rows
+
+
+def sensitivity(bench: Workbench, strategy: LoRAStrategy) -> Derived:
+    """What a record adds to a private step, at most. Raises ConfigError where clipping would not bound it."""
+    privacy = bench.config.privacy
+    if privacy.name != "record":
+        return []
+    from clients.bounded import ensure  # Opacus takes a second to load
+
+    for trains in sorted({strategy.trained(round) for round in (1, 2)}):
+        ensure(bench, trains)
+    why = "each trained layer sees records as rows, and gradients by record are right; tried on this model"
+    if bench.config.deploy:
+        why = "each device tries its own model before it trains"
+    return [("a record adds", f"at most C = {privacy.clip:g}", why)]
 
 
 def cautions(config: Config, counts: np.ndarray) -> Derived:

@@ -12,6 +12,7 @@ from opacus.optimizers import DPOptimizer
 from PIL import Image
 from torch import nn
 
+from clients import bounded
 from fedlora import cli, seeds, workbench
 from fedlora.models.rows import Rows
 from fedlora.privacy import selftest
@@ -92,6 +93,12 @@ def test_bad_settings_are_one_sentence_and_status_2(capsys, arguments, words) ->
 # ---- what is refused
 
 
+class AwakeNorm(nn.BatchNorm1d):
+    """Batch normalisation that no mode turns off; frozen and in eval, as a run has it, it mixes no records."""
+
+    training = property(lambda self: True, lambda self, value: None)
+
+
 def add_loose_parameter(bench) -> None:
     scale = nn.Module()
     scale.weight = nn.Parameter(torch.ones(3))
@@ -109,7 +116,7 @@ def checkpoint(bench) -> None:
 
 
 def add_batch_norm(bench) -> None:
-    bench.model.peft.add_module("norm", nn.BatchNorm1d(4))
+    bench.model.peft.add_module("norm", AwakeNorm(4))
 
 
 def add_dora(bench) -> None:
@@ -133,10 +140,10 @@ def turn_batch_around(bench) -> None:
     (add_loose_parameter, ["scale (Module)", "only as Conv1d", "Linear", "adapter.train_head=false"]),
     (round_to_bfloat16, ["not float32"]),
     (checkpoint, ["use_reentrant=False", "switch it off"]),
-    (add_batch_norm, ["norm (BatchNorm1d)", "LayerNorm"]),
+    (add_batch_norm, ["norm (AwakeNorm)", "LayerNorm"]),
     (add_dora, ["DoRA", "plain LoRA"]),
     (embed_adapter, ["no linear layer", "adapter.target_modules"]),
-    (turn_batch_around, ["8 records", "8, 16 rows", "rows are not records"]),
+    (turn_batch_around, ["classifier", "sees 4 rows for 2 records", "rows are not records"]),
 ])  # fmt: skip
 def test_what_opacus_cannot_do_is_refused_with_reason_and_cure(bench, monkeypatch, capsys, plant, words) -> None:
     plant(bench)
@@ -197,9 +204,12 @@ def test_a_loss_that_mixes_records_fails(monkeypatch, bert, reviews, loss) -> No
 
 
 def test_hooks_that_miss_scale_a_gradient_fail(bench, monkeypatch, capsys) -> None:
-    backward = selftest._backward
-    wrong = lambda *a: [rows * (4 if a[-1] == "grad_sample" else 1) for rows in backward(*a)]  # noqa: E731
-    monkeypatch.setattr(selftest, "_backward", wrong)
+    backward = bounded.backward
+
+    def wrong(*arguments):
+        return {name: rows * (4 if arguments[-1] == "grad_sample" else 1) for name, rows in backward(*arguments).items()}
+
+    monkeypatch.setattr(bounded, "backward", wrong)
     assert failed(bench, capsys) == {"per-example gradients"}
 
 

@@ -12,31 +12,25 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
-from clients.cohort import Cohort, Member
-from clients.private import Mechanism, flatten, hooked
-from clients.task import Task
+from clients import bounded
+from clients.bounded import TOLERANCE, Gradients, by_hooks, by_sharing, difference, per_example, start, still, supported
+from clients.private import Mechanism
 from clients.train import train
 from fedlora import cli, workbench
 from fedlora.check import ConfigError
-from fedlora.models.adapted import AdaptedModel
-from fedlora.models.encode import Texts
-from fedlora.privacy.refusals import trained, unsupported
+from fedlora.privacy.refusals import trained
 from fedlora.workbench import Workbench
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECORDS = 8  # of different lengths, that the checks look at
-TOLERANCE = 1e-4  # relative, between two ways to compute one gradient in float32
 NOBODY = 1e-9  # an expected batch size with which a step draws no record
 ONE_STEP = {"steps": 1, "epochs": None, "warmup": 0.0, "schedule": "constant"}
 PLAIN_SGD = ONE_STEP | {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0}
@@ -69,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report(bench: Workbench) -> int:
     """Print every check of this workbench. Returns 0 if all are ok, else 1; raises ConfigError for what is refused."""
-    print(supported(bench), flush=True)
+    print(support(bench), flush=True)
     failed = 0
     for check in (per_example_gradients, shared_passes, independence, sensitivity, noise, movement):
         found = check(bench)
@@ -81,29 +75,14 @@ def report(bench: Workbench) -> int:
 # ---- what is refused
 
 
-def supported(bench: Workbench) -> Check:
-    """Raises ConfigError, with reason and cure, for the first thing about this model that Opacus cannot do.
-
-    Guarantee: after it every trained parameter is float32, lies in a layer with exact per-example gradients, and gets one
-    gradient row for each record; no layer of the model mixes the records of a batch as BatchNorm does.
-    """
-    model = bench.model
-    parameters = model.trainable("AB")
-    model.peft.train()
-    for name, module in model.peft.named_modules():
-        if reason := unsupported(module):
-            raise ConfigError(f"{name or 'the model'} ({type(module).__name__}) {reason}")
-    try:
-        counts = {len(rows) for rows in per_example(bench, "AB", [records(bench)])[0]}
-    except (AttributeError, IndexError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"Opacus finds no per-example gradients ({reason}); change adapter.target_modules") from error
-    if counts != {RECORDS}:
-        raise ConfigError(
-            f"a batch of {RECORDS} records gives gradients of {', '.join(map(str, sorted(counts)))} rows: rows are not records "
-            "(windowed attention, position embeddings); use a model without windows, or other adapter.target_modules"
-        )
-    layers = ", ".join(sorted({type(module).__name__ for module in model.peft.modules() if trained(module)}))
+def support(bench: Workbench) -> Check:
+    """Raises ConfigError, with reason and cure, for the first thing about this model that no run could train privately."""
+    if len(bench.train) < RECORDS:
+        raise ConfigError(f"dataset.path has {len(bench.train)} training examples; the self-test needs {RECORDS}")
+    supported(bench, "AB", records(bench))
+    per_example(bench, "AB", [records(bench)])
+    parameters = bench.model.trainable("AB")
+    layers = ", ".join(sorted({type(module).__name__ for module in bench.model.peft.modules() if trained(module)}))
     return Check("support", True, f"{sum(p.numel() for p in parameters):,} trained parameters in {layers}")
 
 
@@ -112,41 +91,21 @@ def supported(bench: Workbench) -> Check:
 
 def per_example_gradients(bench: Workbench) -> Check:
     """The gradients of the records of a batch, by Opacus' hooks, are those of single-example backward passes."""
-    chosen, worst = records(bench), {}
-    for trains in ("AB", "B"):
-        alone = [_backward(bench, start(bench, trains), record[None], "grad") for record in chosen]
-        expected = [torch.stack(each) for each in zip(*alone, strict=True)]
-        worst[trains] = difference(per_example(bench, trains, [chosen])[0], expected)
-    numbers = ", ".join(f"{error:.1e} for factors {trains}" for trains, error in worst.items())
-    return Check("per-example gradients", max(worst.values()) <= TOLERANCE, f"off single-example passes by {numbers}")
+    return _alone("per-example gradients", bench, by_hooks)
 
 
 def shared_passes(bench: Workbench) -> Check:
     """The gradients of a pass that clients share, each with factors of its own, are those of single-example passes."""
-    model, worst = bench.model, {}
     if bench.rows.refusal:
         return Check("shared passes", True, f"there are none, clients train one by one: {bench.rows.refusal}")
-    for trains in ("AB", "B"):
-        members, alone = [], []
-        for client, record in enumerate(records(bench)):
-            alone.append(_backward(bench, start(bench, trains, client), record[None], "grad"))
-            task = Task(record[None], bench.config.train, trains, (1, 1), (bench.config.seed, client, 1))
-            members.append(Member(task, model.adapters(), model.dense(), model.scale))
-        with still(model), bench.rows.installed():
-            cohort = Cohort(bench.rows, bench.train, members)
-            vectors = torch.stack([trainee.vector() for trainee in cohort.trainees])
-            rows, _ = cohort.gradients(cohort.trainees, np.arange(RECORDS), vectors, records(bench))
-        expected = [torch.stack(each) for each in zip(*alone, strict=True)]
-        worst[trains] = difference(list(rows.split(cohort.layout.sizes, dim=1)), [each.flatten(1) for each in expected])
-    numbers = ", ".join(f"{error:.1e} for factors {trains}" for trains, error in worst.items())
-    return Check("shared passes", max(worst.values()) <= TOLERANCE, f"off single-example passes by {numbers}")
+    return _alone("shared passes", bench, by_sharing)
 
 
 def independence(bench: Workbench) -> Check:
     """A record's gradient is the same whatever else is in its batch, and however far it is padded for that."""
     chosen = records(bench)
     whole, *parts = per_example(bench, "AB", [chosen, chosen[:1], chosen[1:3], chosen[3:]])
-    error = difference([torch.cat(each) for each in zip(*parts, strict=True)], whole)
+    error, _ = difference({name: torch.cat([part[name] for part in parts]) for name in whole}, whole)
     cure = "; the loss must be a plain mean over records: no mean over tokens, no class weights" if error > TOLERANCE else ""
     return Check("independence", not cure, f"other batch mates and padding change a gradient by {error:.1e}{cure}")
 
@@ -155,7 +114,8 @@ def sensitivity(bench: Workbench) -> Check:
     """With σ = 0, one record more or less moves q·n times the step by at most C; C is set low, so that it binds."""
     chosen, most = records(bench), 0.0
     for trains in ("AB", "B"):
-        norms = torch.stack([rows.flatten(1).norm(dim=1) for rows in per_example(bench, trains, [chosen])[0]]).norm(dim=0)
+        (gradients,) = per_example(bench, trains, [chosen])
+        norms = torch.stack([rows.flatten(1).norm(dim=1) for rows in gradients.values()]).norm(dim=0)
         clip = float(norms.median()) / 2 or 1.0
         batches = [chosen] + [np.delete(chosen, k) for k in (0, RECORDS // 2, RECORDS - 1)]  # q = 1, so n is the batch
         whole, *rest = (len(b) * move(bench, Mechanism(0.0, clip), trains, b, batch_size=len(b), lr=1 / clip) for b in batches)
@@ -206,68 +166,15 @@ def movement(bench: Workbench) -> Check:
 
 
 def records(bench: Workbench) -> np.ndarray:
-    """Indices of a few training records, from the shortest to the longest. Raises ConfigError if there are too few."""
-    examples = bench.train
-    if len(examples) < RECORDS:
-        raise ConfigError(f"dataset.path has {len(examples)} training examples; the self-test needs {RECORDS}")
-    lengths = [len(row) for row in examples.tokens] if isinstance(examples, Texts) else [0] * len(examples)
-    return np.argsort(lengths, kind="stable")[np.linspace(0, len(examples) - 1, RECORDS).astype(int)]
+    """Indices of a few training records, from the shortest to the longest."""
+    return bounded.records(bench, RECORDS)
 
 
-@contextmanager
-def still(model: AdaptedModel) -> Iterator[None]:
-    """While this lasts, the model trains without dropout."""
-    model.train_mode = partial(AdaptedModel.train_mode, model, dropout=False)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del model.train_mode
-        model.peft.eval()
-
-
-def start(bench: Workbench, trains: str, client: int = 0) -> list[nn.Parameter]:
-    """The parameters to train, with the factors of this client: A as round 0 draws it, B not 0 (A had no gradient)."""
-    model, rng = bench.model, np.random.default_rng(client)
-    begin = model.initial("kaiming", bench.config.seed + client)
-    begin = {name: pair._replace(B=rng.normal(0, 0.02, pair.B.shape).astype(np.float32)) for name, pair in begin.items()}
-    model.write(begin, model.initial_head)
-    return model.trainable(trains)
-
-
-def per_example(bench: Workbench, trains: str, batches: list[np.ndarray]) -> list[list[Tensor]]:
-    """For each batch, the per-example gradients (rows, …) of every trained parameter, by the hooks of `clients.private`."""
-    model, parameters = bench.model, start(bench, trains)
-    found = []
-    descent = Mechanism(0.0, 1.0).descent(torch.optim.SGD([flatten(parameters)]), 1.0, 0)
-    with hooked(model, bench.train, parameters, descent, 1):
-        for batch in batches:
-            found.append(_backward(bench, parameters, batch, "grad_sample"))
-            for parameter in parameters:
-                parameter.grad = parameter.grad_sample = None  # type: ignore[attr-defined]
-    return found
-
-
-def _backward(bench: Workbench, parameters: list[nn.Parameter], batch: np.ndarray, attribute: str) -> list[Tensor]:
-    """This attribute of every parameter after one backward pass. Raises ConfigError if one has got no gradient."""
-    with still(bench.model):
-        bench.model.train_mode()
-        bench.model.forward(bench.train.batch(batch, bench.model.device)).loss.backward()
-    found = [getattr(parameter, attribute) for parameter in parameters]
-    for name, parameter in bench.model.peft.named_parameters():
-        if parameter.requires_grad and not isinstance(getattr(parameter, attribute), Tensor):
-            raise ConfigError(f"{name} gets no gradient of its own; leave its layer out of adapter.target_modules")
-    return [gradient.detach().clone() for gradient in found]
-
-
-def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    """The largest norm of a difference of one record in one array, relative to the largest gradient of that array.
-
-    An array whose gradients are below a thousandth of the whole is measured by that, since it holds rounding errors only.
-    """
-    theirs_norms = torch.stack([rows.flatten(1).norm(dim=1) for rows in theirs])  # (arrays, records)
-    scale = theirs_norms.amax(1).clamp(min=1e-3 * float(theirs_norms.norm(dim=0).max()) + 1e-30)
-    apart = torch.stack([(a - b).flatten(1).norm(dim=1) for a, b in zip(ours, theirs, strict=True)])
-    return float((apart / scale[:, None]).nan_to_num(torch.inf).max())
+def _alone(name: str, bench: Workbench, way: Callable[[Workbench, str, np.ndarray], tuple[Gradients, Gradients]]) -> Check:
+    """Whether gradients in a batch are those of each record alone, whatever factors are trained."""
+    worst = {trains: difference(*way(bench, trains, records(bench)))[0] for trains in ("AB", "B")}
+    numbers = ", ".join(f"{error:.1e} for factors {trains}" for trains, error in worst.items())
+    return Check(name, max(worst.values()) <= TOLERANCE, f"off single-example passes by {numbers}")
 
 
 def move(
