@@ -14,11 +14,11 @@ from collections.abc import Callable
 import numpy as np
 from flwr.app import ConfigRecord, RecordDict
 
-from clients.start import TRAINED
+from clients.start import BEGUN, TRAINED
 from fedlora import messages, sketch
 from fedlora.lowrank import Adapters, Pair
 from fedlora.messages import EXAMPLES
-from fedlora.secure import ACTIONS, Participant
+from fedlora.secure import ACTIONS, LEAST, Participant
 
 Arrays = dict[str, np.ndarray]
 SECURE = "secure"  # record of a client's own state: its part in the secure sum
@@ -29,7 +29,7 @@ def answer(action: str, client: int, state: RecordDict, job: ConfigRecord, conte
     if TRAINED not in state.array_records:
         raise RuntimeError("this client keeps nothing that it has trained; it is asked before it was sent a round")
     if action in ACTIONS:
-        return _secure(action, client, state, content)
+        return _secure(action, client, state, job, content)
     return PRODUCTS[action](state, job, content)
 
 
@@ -48,12 +48,18 @@ PRODUCTS: dict[str, Callable[[RecordDict, ConfigRecord, Arrays], Arrays]] = {"sk
 ACTIONS_KNOWN = (*PRODUCTS, *ACTIONS)
 
 
-def _secure(action: str, client: int, state: RecordDict, content: Arrays) -> Arrays:
-    first = action == ACTIONS[0]
-    participant = Participant.join(client) if first else Participant(messages.arrays_of(state.array_records[SECURE]))
+def _secure(action: str, client: int, state: RecordDict, job: ConfigRecord, content: Arrays) -> Arrays:
+    if action == ACTIONS[0]:
+        privacy = json.loads(str(job[messages.EXPERIMENT])).get("privacy", {}).get("name", "none")
+        participant = Participant.join(client, least=LEAST[privacy])
+    elif SECURE in state.array_records:
+        participant = Participant(messages.arrays_of(state.array_records[SECURE]))
+    else:
+        raise RuntimeError(f"a secure sum was asked to {action} out of turn")
     if action == "mask":
         changes = messages.arrays_of(state.array_records[TRAINED])
         examples = int(changes.pop(EXAMPLES)[0])
+        changes.pop(BEGUN, None)
         vector = np.concatenate([changes[name].ravel() for name in sorted(changes)])  # the order of `messages.named`
         answered = participant.mask(content, vector, examples)
     else:

@@ -25,7 +25,7 @@ LINEAR = [name for name in strategies.names() if strategies.strategy_class(name)
 ROUND = ["train", "train.advertise", "train.share", "train.mask", "train.unmask"]
 FEW: dict[str, Any] = {"clients": 4, "clients_per_round": 4, "train__steps": 1, "train__batch_size": 4}
 NAMES = {
-    "train": set(), "train.advertise": {"keys"}, "train.share": {"shares"}, "train.mask": {"masked"},
+    "train": set(), "train.advertise": {"keys", "proof"}, "train.share": {"shares", "digests"}, "train.mask": {"masked", "opened"},
     "train.unmask": {"shares"},
 }  # fmt: skip
 
@@ -63,7 +63,7 @@ def test_the_model_is_that_of_plain_sums_to_a_step(small, name, head) -> None:
 def test_the_step_by_hand() -> None:
     """One coordinate, a bound so wide that the step shows: what is merged is the rounded sum."""
     strategy, expected = make("ffa_lora"), make("ffa_lora")
-    strategy.sum_of = secure.make(4096.0)
+    strategy.sum_of = secure.SecureMean(4096.0)
     plain, found = (play_stub(one, StubGrid(silent()), rounds=1) for one in (expected, strategy))
     assert plain[0] == found[0] and plain[1] != found[1]
     terms = [10 + client for client in range(5)]
@@ -161,9 +161,17 @@ def test_a_client_beyond_the_bound_drops_out(small) -> None:
         play(config)
 
 
-def test_too_few_end_the_run_in_one_sentence(small) -> None:
-    config = small(rounds=1, **settings("ffa_lora", aggregation="secure", clients_per_round=1))
-    with pytest.raises(RunError, match="the secure sum asks for threshold=2 clients, and only 1 take part"):
+def test_too_few_end_the_run_in_one_sentence(small, monkeypatch) -> None:
+    answer = asked.answer
+
+    def broken(asked_for, client, *rest):
+        if client < 2:
+            raise RuntimeError("the battery is empty")
+        return answer(asked_for, client, *rest)
+
+    monkeypatch.setattr(asked, "answer", broken)
+    config = small(rounds=1, **settings("ffa_lora", aggregation="secure"))
+    with pytest.raises(RunError, match="the secure sum asks for threshold=3 clients, and only 2 of 4 answered 'advertise'"):
         experiment.run(config, 0.0)
 
 
@@ -179,7 +187,7 @@ def test_a_whole_run_and_its_bytes(small) -> None:
     rows = rows_of(config)[1:]
     assert summary["status"] == "finished" and all(row["drops"] == {} for row in rows)
     words = 4 * (8 * 64 * 8 + 1) + 128  # B of each layer, and the number of examples
-    keys, sealed, opened = 2 * 32 + 128, 4 * 60 + 128, 4 * 16 + 128
+    keys, sealed, opened = 3 * 32 + 128 + 2 * 32 + 128, 4 * (60 + 2 * 16) + 2 * 128, 4 + 128 + 4 * 16 + 128
     assert all(row["bytes_up"] == 4 * (words + keys + sealed + opened) for row in rows)
 
 
