@@ -158,7 +158,7 @@ class Here(LocalGrid):
 
 
 class Federation:
-    """Two or three devices and a server with folders of their own. `run` is one Flower run, the processes of which are all new."""
+    """Two or three devices and a server, each with a folder. `run` is one Flower run, the processes of which are all new."""
 
     def __init__(self, folder, config: Config, monkeypatch, epsilon: float) -> None:
         self.folder, self.config, self.epsilon, self.logs = folder, config, epsilon, []
@@ -205,7 +205,7 @@ class Federation:
 
 @pytest.fixture
 def federation(small, tmp_path, monkeypatch):
-    write_digits(tmp_path / "data", 3, each=16)
+    write_digits(tmp_path / "data", 4, each=16)
     monkeypatch.setattr("fedlora.report.tested", lambda rows: False)  # no pictures
 
     def make(name: str, epsilon: float = math.inf, **settings) -> Federation:

@@ -69,9 +69,9 @@ def unseal(key: bytes, sealed: bytes, about: bytes) -> bytes:
         raise ValueError("an encrypted share is damaged or meant for another client") from None
 
 
-def digest(secret: bytes, about: str) -> bytes:
-    """32 bytes that bind to 16 secret ones and say nothing about them: SHA-256, which takes 2¹²⁷ trials to invert."""
-    return hashlib.sha256(f"fedlora/secure/{about}/".encode() + secret).digest()
+def digest(share: bytes, about: str) -> bytes:
+    """16 bytes that bind to 16 random ones and say nothing about them: SHA-256, which takes 2¹²⁷ trials to invert."""
+    return hashlib.sha256(f"fedlora/secure/{about}/".encode() + share).digest()[:DIGEST]
 
 
 def split(secret: bytes, threshold: int, shares: int) -> list[bytes]:

@@ -39,16 +39,16 @@ class Participant:
         return cls({"next": np.array([0]), "client": np.array([client]), "least": np.array([least]), "secrets": secrets})
 
     def advertise(self, content: Arrays) -> Arrays:
-        """{terms (3,) float64, challenge (32,) uint8} → {keys (3, 32) uint8, proof (2, 32) uint8}.
+        """{terms (3,) float64, challenge (32,) uint8} → {keys, proof}, both (3, 32) uint8.
 
-        The keys: the public ones of masks and of sealed shares, and a digest of the own mask's secret. The proof: what the
-        two private keys and the server's `challenge`, a public key of its own, give together with this client's number.
+        The keys: the public ones of masks and of sealed shares, and that of the own mask's secret, which binds to it. The
+        proof: what each private key and the server's `challenge`, a public key of its own, give with this client's number.
         """
         self._expect("advertise")
         terms, challenge = Terms.read(content), form(content, "challenge", np.uint8, (crypto.KEY,)).tobytes()
         if terms.threshold < (least := int(self.state["least"][0])):
             raise ValueError(f"threshold={terms.threshold} leaves too few clients in the sum; this client asks for {least}")
-        proof = _bytes([possession(self._secret(row), challenge, self._client) for row in (MASK, SHARE)])
+        proof = _bytes([possession(self._secret(row), challenge, self._client) for row in range(3)])
         self._advance(terms=terms.to_array())
         return {"keys": self._keys(), "proof": proof}
 
@@ -141,7 +141,7 @@ class Participant:
         return self.state["secrets"][row].tobytes()
 
     def _keys(self) -> np.ndarray:
-        return _bytes([*(crypto.public_key(self._secret(row)) for row in (MASK, SHARE)), commitment(self._secret(SELF))])
+        return _bytes([crypto.public_key(self._secret(row)) for row in range(3)])
 
     def _channel(self, keys: np.ndarray) -> bytes:
         return crypto.agree(self._secret(SHARE), keys[SHARE].tobytes(), "sealed share")
@@ -178,11 +178,6 @@ def possession(secret: bytes, challenge: bytes, client: int) -> bytes:
     return crypto.agree(secret, challenge, f"possession by {client}")
 
 
-def commitment(secret: bytes) -> bytes:
-    """What a client says of its own mask's secret (32 bytes) before anybody may learn it."""
-    return crypto.digest(secret, "own mask")
-
-
 def digests_of(sender: int, receiver: int, both: bytes) -> np.ndarray:
     """The digests (2, 16) uint8 of a share of the mask key's secret and of one of the own mask's, both 16 bytes."""
     return _bytes([share_digest(sender, receiver, row, both[16 * row : 16 * row + 16]) for row in range(2)])
@@ -190,7 +185,7 @@ def digests_of(sender: int, receiver: int, both: bytes) -> np.ndarray:
 
 def share_digest(sender: int, receiver: int, row: int, share: bytes) -> bytes:
     """The digest of one share: of the mask key's secret (row 0) or of the own mask's (row 1)."""
-    return crypto.digest(share, f"share {row} of {sender} for {receiver}")[: crypto.DIGEST]
+    return crypto.digest(share, f"share {row} of {sender} for {receiver}")
 
 
 def _pairs(split: list[list[bytes]]) -> list[bytes]:

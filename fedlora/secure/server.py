@@ -12,7 +12,7 @@ from fedlora.check import RunError
 from fedlora.secure import crypto
 from fedlora.secure.forms import Arrays, form
 from fedlora.secure.identity import SIGNATURE
-from fedlora.secure.participant import MASK, SEALED, SELF, SHARE, commitment, own_mask, pair_mask, possession, share_digest
+from fedlora.secure.participant import MASK, SEALED, SELF, own_mask, pair_mask, possession, share_digest
 from fedlora.secure.terms import Terms
 
 Ask = Callable[[str, dict[int, Arrays]], Mapping[int, Arrays]]  # (action, {client: content}) → {client: answer}
@@ -88,9 +88,9 @@ class _Attempt:
         for answer in masked.values():
             total += answer["masked"]
         for client in alive:
-            total -= own_mask(self._secret(client, held[client], place, commitment, keys[client][SELF]), total.size)
+            total -= own_mask(self._secret(client, held[client], place, keys[client][SELF]), total.size)
         for client in dropped:
-            secret = self._secret(client, held[client], place, crypto.public_key, keys[client][MASK])
+            secret = self._secret(client, held[client], place, keys[client][MASK])
             for peer in alive:
                 total += pair_mask(client, secret, peer, keys[peer][MASK].tobytes(), total.size)
         return self._checked(Total(*self.terms.code(len(keys)).decode(total), alive), examples, len(keys))
@@ -100,7 +100,7 @@ class _Attempt:
         secret = os.urandom(crypto.SECRET)
         challenge = np.frombuffer(crypto.public_key(secret), np.uint8)
         asked = {"terms": self.terms.to_array(), "challenge": challenge}
-        forms: Forms = {"keys": (np.uint8, (3, crypto.KEY)), "proof": (np.uint8, (2, crypto.KEY))}
+        forms: Forms = {"keys": (np.uint8, (3, crypto.KEY)), "proof": (np.uint8, (3, crypto.KEY))}
         answers = self._gather("advertise", dict.fromkeys(clients, asked), forms)
         for client, answer in list(answers.items()):
             if not _holds(client, answer, secret):
@@ -204,9 +204,7 @@ class _Attempt:
         if out:
             raise _WithoutSome([client for client in voters if client not in out])
 
-    def _secret(
-        self, client: int, held: dict[int, bytes], place: dict[int, int], known: Callable[[bytes], bytes], expected: np.ndarray
-    ) -> bytes:
+    def _secret(self, client: int, held: dict[int, bytes], place: dict[int, int], public: np.ndarray) -> bytes:
         """The secret of a client from the shares that the others hold. Raises RunError unless it is the one it made known."""
         helpers = sorted(held)[: self.terms.threshold]
         if len(helpers) < self.terms.threshold:
@@ -215,7 +213,7 @@ class _Attempt:
                 f"share of its secret, and it takes threshold={self.terms.threshold}"
             )
         secret = crypto.combine([place[helper] for helper in helpers], [held[helper] for helper in helpers])
-        if known(secret) != expected.tobytes():
+        if crypto.public_key(secret) != public.tobytes():
             raise RunError(
                 f"the masks of client {client} cannot be removed from the secure sum: the shares that it dealt do not fit its "
                 "keys; leave this client out"
@@ -243,7 +241,7 @@ def _enough(terms: Terms, clients: int, what: str) -> None:
 def _holds(client: int, answer: Arrays, secret: bytes) -> bool:
     """Whether a client has shown that it holds the private keys of its public ones."""
     try:
-        shown = [possession(secret, answer["keys"][row].tobytes(), client) for row in (MASK, SHARE)]
+        shown = [possession(secret, key.tobytes(), client) for key in answer["keys"]]
     except ValueError:
         return False
     return shown == [proof.tobytes() for proof in answer["proof"]]
