@@ -19,6 +19,7 @@ from fedlora import messages, sketch
 from fedlora.lowrank import Adapters, Pair
 from fedlora.messages import EXAMPLES
 from fedlora.secure import ACTIONS, LEAST, Participant
+from fedlora.secure.forms import form
 
 Arrays = dict[str, np.ndarray]
 SECURE = "secure"  # record of a client's own state: its part in the secure sum
@@ -35,11 +36,16 @@ def answer(action: str, client: int, state: RecordDict, job: ConfigRecord, conte
 
 def _sketch(state: RecordDict, job: ConfigRecord, content: Arrays) -> Arrays:
     seed = json.loads(str(job[messages.EXPERIMENT]))["seed"]
-    return sketch.sketch(_adapters(state), int(content[sketch.COLUMNS][0]), seed, int(job[messages.ROUND]))  # type: ignore[arg-type]
+    columns = int(form(content, sketch.COLUMNS, np.int64, (1,))[0])
+    if columns < 1:
+        raise ValueError("a sketch was asked for without columns")
+    return sketch.sketch(_adapters(state), columns, seed, int(job[messages.ROUND]))  # type: ignore[arg-type]
 
 
 def _project(state: RecordDict, job: ConfigRecord, content: Arrays) -> Arrays:
-    projected = sketch.project(_adapters(state), content)
+    adapters = _adapters(state)
+    bases = {f"{layer}.basis": pair.B for layer, pair in adapters.items()}
+    projected = sketch.project(adapters, {name: form(content, name, B.dtype.type, (len(B), None)) for name, B in bases.items()})
     del state[TRAINED]
     return projected
 

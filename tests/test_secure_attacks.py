@@ -7,10 +7,14 @@ import os
 import numpy as np
 import pytest
 from Crypto.Protocol.SecretSharing import Shamir
+from flwr.app import ConfigRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clients import asked
+from fedlora import messages
 from fedlora.check import ConfigError, RunError
+from fedlora.lowrank import Pair
 from fedlora.secure import ACTIONS, Participant, Sets, Terms, crypto, secure_sum
 from fedlora.secure.forms import Arrays
 from fedlora.secure.participant import digests_of, possession
@@ -290,6 +294,29 @@ def test_too_low_a_threshold_for_what_the_client_asks() -> None:
     challenge = np.frombuffer(crypto.public_key(bytes(16)), np.uint8)
     refused("this client asks for 3", one, "advertise", {"terms": Terms(2, 1.0).to_array(), "challenge": challenge})
     assert one.advertise({"terms": Terms(3, 1.0).to_array(), "challenge": challenge})["keys"].shape == (3, 32)
+
+
+def test_products_are_made_of_what_was_asked_for_and_of_nothing_else() -> None:
+    """The further messages of the two-message strategies, whose arrays come from outside too."""
+    pair = Pair(np.ones((2, 5), np.float32), np.ones((4, 2), np.float32))
+    job = ConfigRecord({messages.EXPERIMENT: '{"seed": 0}', messages.ROUND: 1})
+    good = {"sketch": {"columns": np.array([3])}, "project": {"x.basis": np.ones((4, 3), np.float32)}}
+    bad = [
+        np.array([2.0]),
+        np.array([0]),
+        np.array([-3]),
+        np.zeros((0,), np.int64),
+        np.ones((3, 4), np.float32),
+        np.array(["x"]),
+    ]
+    bad += [np.ones((4, 3)), np.ones(4, np.float32)]
+    for action, content in good.items():
+        (name,) = content
+        for arrays in ({}, *({name: array} for array in bad)):
+            with pytest.raises(ValueError):
+                asked.answer(action, 0, RecordDict({"trained": messages.pack({"x": pair}, {})}), job, arrays)
+        state = RecordDict({"trained": messages.pack({"x": pair}, {})})
+        assert len(asked.answer(action, 0, state, job, content)) == 1
 
 
 # ---- one set of clients for the same vectors
