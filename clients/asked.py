@@ -14,11 +14,12 @@ from collections.abc import Callable
 import numpy as np
 from flwr.app import ConfigRecord, RecordDict
 
-from clients.start import TRAINED
+from clients.start import BEGUN, TRAINED
 from fedlora import messages, sketch
 from fedlora.lowrank import Adapters, Pair
 from fedlora.messages import EXAMPLES
-from fedlora.secure import ACTIONS, Participant
+from fedlora.secure import ACTIONS, LEAST, Participant
+from fedlora.secure.forms import form
 
 Arrays = dict[str, np.ndarray]
 SECURE = "secure"  # record of a client's own state: its part in the secure sum
@@ -29,17 +30,22 @@ def answer(action: str, client: int, state: RecordDict, job: ConfigRecord, conte
     if TRAINED not in state.array_records:
         raise RuntimeError("this client keeps nothing that it has trained; it is asked before it was sent a round")
     if action in ACTIONS:
-        return _secure(action, client, state, content)
+        return _secure(action, client, state, job, content)
     return PRODUCTS[action](state, job, content)
 
 
 def _sketch(state: RecordDict, job: ConfigRecord, content: Arrays) -> Arrays:
     seed = json.loads(str(job[messages.EXPERIMENT]))["seed"]
-    return sketch.sketch(_adapters(state), int(content[sketch.COLUMNS][0]), seed, int(job[messages.ROUND]))  # type: ignore[arg-type]
+    columns = int(form(content, sketch.COLUMNS, np.int64, (1,))[0])
+    if columns < 1:
+        raise ValueError("a sketch was asked for without columns")
+    return sketch.sketch(_adapters(state), columns, seed, int(job[messages.ROUND]))  # type: ignore[arg-type]
 
 
 def _project(state: RecordDict, job: ConfigRecord, content: Arrays) -> Arrays:
-    projected = sketch.project(_adapters(state), content)
+    adapters = _adapters(state)
+    bases = {f"{layer}.basis": pair.B for layer, pair in adapters.items()}
+    projected = sketch.project(adapters, {name: form(content, name, B.dtype.type, (len(B), None)) for name, B in bases.items()})
     del state[TRAINED]
     return projected
 
@@ -48,12 +54,18 @@ PRODUCTS: dict[str, Callable[[RecordDict, ConfigRecord, Arrays], Arrays]] = {"sk
 ACTIONS_KNOWN = (*PRODUCTS, *ACTIONS)
 
 
-def _secure(action: str, client: int, state: RecordDict, content: Arrays) -> Arrays:
-    first = action == ACTIONS[0]
-    participant = Participant.join(client) if first else Participant(messages.arrays_of(state.array_records[SECURE]))
+def _secure(action: str, client: int, state: RecordDict, job: ConfigRecord, content: Arrays) -> Arrays:
+    if action == ACTIONS[0]:
+        privacy = json.loads(str(job[messages.EXPERIMENT])).get("privacy", {}).get("name", "none")
+        participant = Participant.join(client, least=LEAST[privacy])
+    elif SECURE in state.array_records:
+        participant = Participant(messages.arrays_of(state.array_records[SECURE]))
+    else:
+        raise RuntimeError(f"a secure sum was asked to {action} out of turn")
     if action == "mask":
         changes = messages.arrays_of(state.array_records[TRAINED])
         examples = int(changes.pop(EXAMPLES)[0])
+        changes.pop(BEGUN, None)
         vector = np.concatenate([changes[name].ravel() for name in sorted(changes)])  # the order of `messages.named`
         answered = participant.mask(content, vector, examples)
     else:

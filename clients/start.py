@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fedlora.workbench import Workbench
 
 PERSONAL, TRAINED, LEFT, LEFT_AT = "personal", "trained", "left", "left-at"  # records of a client's own state
+BEGUN = "begun"  # array of what a client has trained for a secure sum: the digest of what it started from
 LASTING = (PERSONAL, LEFT, LEFT_AT)  # those that a later round begins with
 
 
@@ -71,13 +72,15 @@ def begin(bench: Workbench, job: ConfigRecord, sent: Arrays, state: RecordDict) 
 def keep(state: RecordDict, job: ConfigRecord, begun: Start, own: Trained, examples: int) -> None:
     """What stays with the client of what it has trained goes into its own state.
 
-    That is all of it; or, where only sums are to be learnt, what it would have sent, as changes, with the number of examples.
+    That is all of it; or, where only sums are to be learnt, what it would have sent, as changes, with the number of examples
+    and a digest of the start.
     """
     if factors := str(job.get(messages.PERSONAL, "")):
         state[PERSONAL] = messages.pack(own.adapters, own.dense, factors)
     if job.get(messages.SILENT):
-        counted = {messages.EXAMPLES: np.array([examples])}
-        state[TRAINED] = messages.record(_changed(job, begun, own) | counted)
+        digest = messages.digest(messages.named(begun.adapters, begun.dense, "AB", begun.correction))
+        about = {messages.EXAMPLES: np.array([examples]), BEGUN: np.frombuffer(bytes.fromhex(digest), np.uint8)}
+        state[TRAINED] = messages.record(_changed(job, begun, own) | about)
     elif job.get(messages.KEEPS):
         state[TRAINED] = messages.pack(own.adapters, own.dense)
 

@@ -18,7 +18,8 @@ from fedlora.config import Config
 from fedlora.evaluate import evaluate
 from fedlora.interrupt import CtrlC
 from fedlora.messages import ServerState
-from fedlora.records import ADAPTER, CHECKPOINTS, CURVES, MERGED, PRIVACY, ROUNDS, Recorder, run_name
+from fedlora.records import ADAPTER, CHECKPOINTS, CURVES, MERGED, PRIVACY, ROUNDS, SUMS, Recorder, run_name
+from fedlora.secure import Sets
 from fedlora.server import make_strategy
 from fedlora.workbench import Workbench
 from strategies import LoRAStrategy
@@ -139,6 +140,8 @@ class Course:
         job = ConfigRecord({messages.EXPERIMENT: config.to_json()})
         if config.deploy:
             job[messages.BASE], job[messages.LINEAGE] = self.bench.model.digest, self.checkpoints.lineage
+            if self.strategy.sum_of:
+                self.strategy.sum_of.remember(Sets(self.recorder.folder / SUMS), self.checkpoints.lineage)
         noisy = ConfigRecord(dict(job))
         if self.guard is not None and self.guard.noise_multipliers:
             noisy[messages.NOISE] = self.guard.noise_multipliers

@@ -45,6 +45,7 @@ ROUNDS, SUMMARY, CONFIG, ENV, CURVES, ADAPTER, MERGED, PRIVACY, CHECKPOINTS = (
     "rounds.jsonl", "summary.json", "config.json", "env.json", "curves.png", "adapter", "merged", "privacy.json", "checkpoints"
 )  # fmt: skip
 LOCK = ".lock"
+SUMS = "sums.jsonl"  # of a run on devices: whose secure sums were unmasked; it stays when a run begins anew
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system that has none
 PATIENCE = 5.0  # seconds for a run that was killed: the workers in which its cells are end some time after it
 # Settings that cannot change a number.

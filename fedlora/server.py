@@ -5,6 +5,7 @@ from __future__ import annotations
 import strategies
 from fedlora.check import ConfigError
 from fedlora.config import Config
+from fedlora.secure import LEAST
 from strategies import LoRAStrategy, optimizers, robust, secure
 
 
@@ -49,7 +50,7 @@ def make_strategy(config: Config) -> LoRAStrategy:
                 f"aggregation=secure does not go with strategy={strategy.name}, whose server step needs each client's own "
                 "factors and not their sum alone; python run.py --list shows those that it goes with"
             )
-        strategy.sum_of = secure.make(config.server.secure_bound)
+        strategy.sum_of = secure.SecureMean(config.server.secure_bound, LEAST[config.privacy.name])
     if strategy.withholds and (config.server.mean != "weighted" or config.privacy.name == "user"):
         what = "privacy=user" if config.privacy.name == "user" else f"server.mean={config.server.mean}"
         raise ConfigError(f"strategy={strategy.name} never sees a client's own factors, which {what} needs; choose another")

@@ -118,6 +118,13 @@ def _check_server(config: Config) -> None:
         ):
             if bad:
                 raise ConfigError(f"aggregation=secure does not go with {setting}, which needs what each client sends")
+        from fedlora.secure import LEAST  # `cryptography` loads here, for those who need it
+
+        if config.cohort_size < (least := LEAST[config.privacy.name]):
+            raise ConfigError(
+                f"aggregation=secure needs {least} clients a round, and clients_per_round is {config.cohort_size}; raise it, "
+                "since of two clients each learns the other's changes from the sum"
+            )
 
 
 def engine_names() -> list[str]:

@@ -25,8 +25,9 @@ from fedlora.participation import draw_cohort
 from strategies.metrics import client_metrics, geometry, signal_to_noise
 from strategies.report import RoundReport
 from strategies.rollcall import RollCall
+from strategies.secure import SecureMean
 from strategies.updates import average_dense
-from strategies.wire import Ask, SumOf, Wire, whole
+from strategies.wire import Ask, Wire, whole
 
 __all__ = ["FlowerFedAvg", "LoRAStrategy", "RoundReport"]
 
@@ -84,7 +85,7 @@ class LoRAStrategy(Wire):
         # Where set, moves from the state before to what a merge made of these factors its own way (momentum, Adam).
         self.optimizer: Callable[[ServerState, ServerState, str], ServerState] | None = None
         # Where set, asks for sums of what clients keep, so that nobody's own is ever sent (secure aggregation).
-        self.sum_of: SumOf | None = None
+        self.sum_of: SecureMean | None = None
         self.roll = RollCall(patience, clients)
         self._sent, self._job = [], ConfigRecord()
         self._grid = None
@@ -146,7 +147,10 @@ class LoRAStrategy(Wire):
         updates, merged = self._receive(replies, server_round)
         if updates:
             ask = self._ask
-            merged = self.sum_of(before, merged, sends, ask) if self.sum_of else self.gather(before, merged, server_round, ask)
+            if self.sum_of:
+                merged = self.sum_of(before, merged, server_round, sends, ask, report.drops.setdefault)
+            else:
+                merged = self.gather(before, merged, server_round, ask)
         updates = [update for update in updates if update.client not in report.drops]
         received_at = time.perf_counter()
         report.seconds_train = received_at - report.sent_at

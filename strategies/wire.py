@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import ClassVar, Protocol
 
@@ -31,9 +31,6 @@ class Ask(Protocol):
 
         Who gives no answer is named as a drop.
         """
-
-
-SumOf = Callable[[ServerState, list[Update], str, Ask], list[Update]]
 
 
 class Wire(FlowerFedAvg):

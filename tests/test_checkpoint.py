@@ -210,7 +210,7 @@ MORE = {
     "adam": {"strategy": {"name": "fedavg"}, "server__optimizer": "adam", "server__lr": 0.1},
     "feedback": {"strategy": {"name": "fedsvd"}, "compression__up": "int8"},
     "head": {"strategy": {"name": "fedsvd"}, "adapter__train_head": True, "adapter__dropout": 0.1},
-    "secure": {"strategy": {"name": "ffa_lora"}, "aggregation": "secure"},
+    "secure": {"strategy": {"name": "ffa_lora"}, "aggregation": "secure", "clients_per_round": 3},
     "record": {"strategy": {"name": "fedsvd"}, "privacy__name": "record", "privacy__epsilon": 6.0},
     "stops": {
         "strategy": {"name": "fedsvd"}, "privacy__name": "record", "privacy__epsilon": 0.35, "privacy__noise_multiplier": 1.5,

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, generate_private_key
 from flwr.app import ConfigRecord, Context, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 
@@ -20,9 +21,11 @@ from fedlora.deploy.account import Account, Limits
 from fedlora.deploy.courier import Receiver, Sender
 from fedlora.deploy.device import Device, Holdings, goes_back, identity
 from fedlora.deploy.memory import Memory
+from fedlora.deploy.sums import SecureSums
 from fedlora.engines.local import LocalGrid, carrying
 from fedlora.privacy.ledger import Ledger
 from fedlora.records import LOCK, Recorder
+from fedlora.secure import Identity
 from tests.conftest import write_digits
 from tests.test_checkpoint import fails_after, outcome
 
@@ -155,10 +158,11 @@ class Here(LocalGrid):
 
 
 class Federation:
-    """Two devices and a server with folders of their own. `run` is one Flower run, the processes of which are all new."""
+    """Two or three devices and a server, each with a folder. `run` is one Flower run, the processes of which are all new."""
 
     def __init__(self, folder, config: Config, monkeypatch, epsilon: float) -> None:
         self.folder, self.config, self.epsilon, self.logs = folder, config, epsilon, []
+        self.keys = {k: generate_private_key(SECP384R1()) for k in range(config.clients)}
         monkeypatch.setenv("FLWR_HOME", str(folder / "server"))
         monkeypatch.setattr(server, "POLL", 0.01)
 
@@ -166,11 +170,16 @@ class Federation:
         data = DatasetConfig(name="files", path=f"{self.folder}/../data/device-{k}.jsonl", image="image", test_fraction=0.0)
         own = preview.data(Holdings(k, 0, data, ("vit_digits", None), "cpu", 0.0))
         account = Account(self.folder / f"state-{k}", Limits(self.epsilon, 1e-5, 1.0, 100))
-        return Device(own, account, self.logs.append)
+        return Device(own, account, self.logs.append, self.sums(k) if self.config.aggregation == "secure" else None)
+
+    def sums(self, k: int) -> SecureSums:
+        """Each device has a key of its own, and the public ones of all."""
+        peers = {client: key.public_key() for client, key in self.keys.items()}
+        return SecureSums(Identity(k, self.keys[k], peers), self.folder / f"state-{k}")
 
     def run(self, capsys, **changes):
         """The results folder on the server; `sent` is what came home, each row also as a mark in what was said meanwhile."""
-        devices = [self.device(k) for k in range(2)]
+        devices = [self.device(k) for k in range(self.config.clients)]
         config, self.sent = dataclasses.replace(self.config, **changes), SimpleNamespace(rows=[], files={}, said=[])
         capsys.readouterr()
         try:
@@ -196,7 +205,7 @@ class Federation:
 
 @pytest.fixture
 def federation(small, tmp_path, monkeypatch):
-    write_digits(tmp_path / "data", 2, each=16)
+    write_digits(tmp_path / "data", 4, each=16)
     monkeypatch.setattr("fedlora.report.tested", lambda rows: False)  # no pictures
 
     def make(name: str, epsilon: float = math.inf, **settings) -> Federation:
@@ -218,7 +227,7 @@ KEEPING = {
     },
     "feedback": {"strategy": {"name": "fedsvd"}, "compression__up": "top_k"},
     "seldom": {"strategy": {"name": "fedavg"}, "compression__up": "int8", "clients_per_round": 1, "rounds": 5},
-    "secure": {"strategy": {"name": "ffa_lora"}, "aggregation": "secure"},
+    "secure": {"strategy": {"name": "ffa_lora"}, "aggregation": "secure", "clients": 3, "clients_per_round": 3},
 }  # fmt: skip
 
 

@@ -25,8 +25,8 @@ LINEAR = [name for name in strategies.names() if strategies.strategy_class(name)
 ROUND = ["train", "train.advertise", "train.share", "train.mask", "train.unmask"]
 FEW: dict[str, Any] = {"clients": 4, "clients_per_round": 4, "train__steps": 1, "train__batch_size": 4}
 NAMES = {
-    "train": set(), "train.advertise": {"keys"}, "train.share": {"shares"}, "train.mask": {"masked"},
-    "train.unmask": {"shares"},
+    "train": set(), "train.advertise": {"keys", "proof"}, "train.share": {"shares", "digests"},
+    "train.mask": {"masked", "opened"}, "train.unmask": {"shares"},
 }  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def test_the_model_is_that_of_plain_sums_to_a_step(small, name, head) -> None:
 def test_the_step_by_hand() -> None:
     """One coordinate, a bound so wide that the step shows: what is merged is the rounded sum."""
     strategy, expected = make("ffa_lora"), make("ffa_lora")
-    strategy.sum_of = secure.make(4096.0)
+    strategy.sum_of = secure.SecureMean(4096.0)
     plain, found = (play_stub(one, StubGrid(silent()), rounds=1) for one in (expected, strategy))
     assert plain[0] == found[0] and plain[1] != found[1]
     terms = [10 + client for client in range(5)]
@@ -128,6 +128,62 @@ def test_no_message_of_a_client_holds_its_changes(small, name) -> None:
     assert all(set(state) == kept for state in grid.states.values())
 
 
+@pytest.mark.parametrize("examples", [10**12, 2**32 // 5 + 1, float("inf"), float("nan"), [5.0], -3])
+def test_examples_that_no_sum_can_count_cost_who_says_them(examples) -> None:
+    """One client of five says so; the others are merged, as if it had not been there."""
+    others, strategy, expected = silent(), make("ffa_lora"), make("ffa_lora")
+    strategy.sum_of, expected.sum_of = secure.SecureMean(8.0), secure.SecureMean(8.0)
+
+    def liar(number: int, message: Message) -> RecordDict | None:
+        reply = others(number, message)
+        if number == 2 and message.metadata.message_type == "train" and reply is not None:
+            reply["metrics"][messages.EXAMPLES] = examples
+        return reply
+
+    def absent(number: int, message: Message) -> RecordDict | None:
+        return None if number == 2 and message.metadata.message_type == "train" else others(number, message)
+
+    found, wanted = play_stub(strategy, StubGrid(liar), rounds=1), play_stub(expected, StubGrid(absent), rounds=1)
+    assert strategy.report is not None and strategy.report.drops.keys() == {2}
+    assert found == wanted
+
+
+def test_of_a_cohort_of_which_two_are_left_nothing_is_summed(small, monkeypatch) -> None:
+    """Each of the two would have the other's changes; changes that are private by themselves may be summed."""
+    answer = asked.answer
+
+    def broken(asked_for, client, *rest):
+        if client == 2:
+            raise RuntimeError("the battery is empty")
+        return answer(asked_for, client, *rest)
+
+    monkeypatch.setattr(asked, "answer", broken)
+    few = {"clients": 3, "clients_per_round": 3, "aggregation": "secure"}
+    with pytest.raises(RunError, match="asks for threshold=3 clients, and only 2 of 3 answered 'advertise'"):
+        play(small(rounds=1, **settings("ffa_lora", **few)))
+    private = {"privacy__name": "record", "privacy__noise_multiplier": 0.5}
+    config = small(rounds=1, **settings("ffa_lora", **few, **private))
+    assert experiment.run(config, 0.0)["status"] == "finished"
+
+
+def test_a_client_asks_for_the_threshold_that_its_privacy_needs(small) -> None:
+    """Whatever the server says: a threshold of 2 without privacy is refused by all of them."""
+    strategy = {"strategy": {"name": "ffa_lora"}}
+    config = small(rounds=1, clients=4, clients_per_round=4, train__steps=1, aggregation="secure", **strategy)
+    with pytest.raises(RunError, match="asks for threshold=2 clients, and only 0 of 3 answered 'advertise'"):
+        play(config, sum_of=TwoOfThree(8.0))
+
+
+class TwoOfThree(secure.SecureMean):
+    """A server that sums three clients at the threshold of two."""
+
+    def __init__(self, bound: float) -> None:
+        super().__init__(bound, least=2)
+
+    def __call__(self, state, updates, *rest):
+        return super().__call__(state, updates[:3], *rest)
+
+
 @pytest.mark.parametrize("action", ["advertise", "share", "mask"])
 def test_a_client_that_drops_out_costs_its_own_changes_only(small, monkeypatch, action) -> None:
     """What is merged is the mean of the others, as if it had failed in training."""
@@ -161,9 +217,17 @@ def test_a_client_beyond_the_bound_drops_out(small) -> None:
         play(config)
 
 
-def test_too_few_end_the_run_in_one_sentence(small) -> None:
-    config = small(rounds=1, **settings("ffa_lora", aggregation="secure", clients_per_round=1))
-    with pytest.raises(RunError, match="the secure sum asks for threshold=2 clients, and only 1 take part"):
+def test_too_few_end_the_run_in_one_sentence(small, monkeypatch) -> None:
+    answer = asked.answer
+
+    def broken(asked_for, client, *rest):
+        if client < 2:
+            raise RuntimeError("the battery is empty")
+        return answer(asked_for, client, *rest)
+
+    monkeypatch.setattr(asked, "answer", broken)
+    config = small(rounds=1, **settings("ffa_lora", aggregation="secure"))
+    with pytest.raises(RunError, match="the secure sum asks for threshold=3 clients, and only 2 of 4 answered 'advertise'"):
         experiment.run(config, 0.0)
 
 
@@ -179,7 +243,7 @@ def test_a_whole_run_and_its_bytes(small) -> None:
     rows = rows_of(config)[1:]
     assert summary["status"] == "finished" and all(row["drops"] == {} for row in rows)
     words = 4 * (8 * 64 * 8 + 1) + 128  # B of each layer, and the number of examples
-    keys, sealed, opened = 2 * 32 + 128, 4 * 60 + 128, 4 * 16 + 128
+    keys, sealed, opened = 2 * (3 * 32 + 128), 4 * (60 + 2 * 16) + 2 * 128, 4 + 128 + 4 * 16 + 128
     assert all(row["bytes_up"] == 4 * (words + keys + sealed + opened) for row in rows)
 
 
@@ -196,6 +260,11 @@ def test_strategies_that_need_every_client_are_refused(small, name) -> None:
         ({"aggregation": "secure", "server__mean": "median"}, "aggregation=secure does not go with server.mean=median"),
         ({"aggregation": "secure", "compression__up": "int8"}, "aggregation=secure does not go with compression.up=int8"),
         ({"aggregation": "secure", "privacy__name": "user", "privacy__epsilon": 8.0}, "does not go with privacy=user"),
+        ({"aggregation": "secure", "clients_per_round": 2}, "aggregation=secure needs 3 clients a round"),
+        (
+            {"aggregation": "secure", "clients_per_round": 1, "privacy__name": "record", "privacy__epsilon": 8.0},
+            "aggregation=secure needs 2 clients a round, and clients_per_round is 1; raise it",
+        ),
         ({"aggregation": "secure", "server__secure_bound": -1.0}, "server.secure_bound=-1.0 is out of range"),
     ],
 )

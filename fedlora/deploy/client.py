@@ -13,11 +13,15 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedlora import check, models
 from fedlora.check import ConfigError, RunError
 from fedlora.config import Config, DatasetConfig
 from fedlora.deploy.account import Account, Limits
+
+if TYPE_CHECKING:
+    from fedlora.deploy.sums import SecureSums
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,6 +48,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if bool(data.text) == bool(data.image):
         raise ConfigError("--text and --image: name one column of the two, such as --text sentence")
     account = Account(arguments.state, limits)
+    sums = _sums(arguments)
     agreed = _experiment(arguments.experiment) if arguments.experiment else None
 
     from fedlora.deploy import preview
@@ -69,10 +74,22 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     print(f"connecting to {arguments.superlink}" + ("" if secure else ", in clear text"), flush=True)
     with Node(connection, arguments.state) as node:
-        status = node.serve(Device(own, account))
+        status = node.serve(Device(own, account, sums=sums))
     if status:
         raise RunError(f"the connection to {arguments.superlink} ended (SuperNode status {status}); its reason stands above")
     return 0
+
+
+def _sums(arguments: argparse.Namespace) -> SecureSums | None:
+    """What the device needs for secure sums, where its owner has named the clients."""
+    if arguments.peers is None:
+        return None
+    if arguments.key is None:
+        raise ConfigError("--peers needs --key, this device's private key, which signs what it sends to the others")
+    from fedlora.deploy.sums import SecureSums
+    from fedlora.secure import Identity
+
+    return SecureSums(Identity.load(arguments.client, arguments.key, arguments.peers), arguments.state)
 
 
 def _experiment(path: Path) -> Config:
@@ -128,6 +145,9 @@ def _parser() -> argparse.ArgumentParser:
         "--clip", type=float, default=1.0, metavar="C", help="largest bound on a record's gradient (default: 1)"
     )
     limits.add_argument("--max-steps", type=int, default=1000, metavar="N", help="local steps a round (default: 1000)")
+    limits.add_argument(
+        "--peers", type=Path, metavar="FILE", help="public keys of all clients, for aggregation=secure: one line each, K KEY"
+    )
     limits.add_argument("--experiment", type=Path, metavar="FILE", help="config.json of the only experiment to take part in")
     parser.add_argument("--check", action="store_true", help="check and say everything, and do not connect")
     return parser

@@ -25,6 +25,7 @@ from fedlora.config import CheckpointConfig, Config, DatasetConfig, EngineConfig
 from fedlora.data import partition
 from fedlora.deploy.account import Account
 from fedlora.deploy.memory import Memory
+from fedlora.deploy.sums import SecureSums, needed, of_a_sum
 
 PUBLIC = (messages.CLIENT, messages.EXAMPLES, "seconds", "cohort", "steps")  # what a private round tells besides its update
 NOT_ASKED = (
@@ -49,8 +50,10 @@ class Holdings:
 class Device:
     """Answers messages as the simulator's client does, or refuses them with a RunError whose sentence says why."""
 
-    def __init__(self, own: Holdings, account: Account, say: Callable[[str], object] = print) -> None:
-        self.own, self.account, self.say = own, account, say
+    def __init__(
+        self, own: Holdings, account: Account, say: Callable[[str], object] = print, sums: SecureSums | None = None
+    ) -> None:
+        self.own, self.account, self.say, self.sums = own, account, say, sums
         self.memory = Memory(account.folder, say)
         self._localised: dict[str, Config] = {}
 
@@ -67,6 +70,8 @@ class Device:
         config = self.localised(str(job[messages.EXPERIMENT]))
         same_base(config, job)
         key, round = identity(job), int(job[messages.ROUND])  # type: ignore[arg-type]
+        if config.aggregation == "secure":
+            needed(self.sums)
         if kind == MessageType.TRAIN:
             place |= self.admit(config, job, message.metadata.run_id)
             context.state = self.memory.newest(key, round - 1)
@@ -76,8 +81,10 @@ class Device:
             context.state = self.memory.newest(key, round)
         message.content[messages.CONFIG] = ConfigRecord(dict(job) | {messages.EXPERIMENT: config.to_json()})
         own = _within(context, place)
-        reply = app(message, own)
+        reply = needed(self.sums)(app, message, own, key, round) if of_a_sum(kind) else app(message, own)
         context.state = own.state
+        if kind == MessageType.TRAIN and config.aggregation == "secure":
+            needed(self.sums).began(own.state, key, round)
         if kind == MessageType.TRAIN:
             lasting = RecordDict({name: own.state[name] for name in LASTING if name in own.state})
             self.memory.keep(key, round, lasting, goes_back(config.checkpoint, round))

@@ -5,8 +5,10 @@ what the server learns, and what it costs.
 """
 
 from fedlora.secure.fixed_point import FixedPoint
+from fedlora.secure.identity import Identity
 from fedlora.secure.participant import Participant
 from fedlora.secure.server import Total, secure_sum
-from fedlora.secure.terms import ACTIONS, Terms
+from fedlora.secure.sets import Sets
+from fedlora.secure.terms import ACTIONS, LEAST, Terms
 
-__all__ = ["ACTIONS", "FixedPoint", "Participant", "Terms", "Total", "secure_sum"]
+__all__ = ["ACTIONS", "LEAST", "FixedPoint", "Identity", "Participant", "Sets", "Terms", "Total", "secure_sum"]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from fedlora.secure.fixed_point import FixedPoint
+from fedlora.secure.forms import form
 
+LEAST = {"none": 3, "record": 2}  # clients of a sum, by the privacy that their vectors have: of two, each has the other's
 ACTIONS = ("advertise", "share", "mask", "unmask")  # the four messages, each a method of `Participant`
 
 
@@ -36,7 +39,11 @@ class Terms(NamedTuple):
         return np.array(self, np.float64)
 
     @classmethod
-    def from_array(cls, array: np.ndarray) -> Terms:
-        """The terms of `to_array`."""
+    def read(cls, content: Mapping[str, np.ndarray]) -> Terms:
+        """The terms in a message; raises ValueError for anything that `to_array` does not make."""
+        array = form(content, "terms", np.float64, (3,))
         threshold, bound, most_examples = array.tolist()
+        whole = threshold.is_integer() and most_examples.is_integer()
+        if not (whole and 0 <= threshold < 2**31 and 0 < bound < np.inf and 1 <= most_examples < 2**32):
+            raise ValueError("the terms of the secure sum are out of range")
         return cls(int(threshold), bound, int(most_examples))
