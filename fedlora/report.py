@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedlora.config import Config
-from fedlora.records import ROUNDS
+from fedlora.folder import ROUNDS
 
 
 def read_rounds(folder: Path) -> list[dict[str, Any]]:
