@@ -8,7 +8,7 @@ with a client from one message to the next is in Flower's `Context.state`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
@@ -29,15 +29,16 @@ SECRET, SERIAL = "secret", "serial"  # of a device's own node configuration: see
 class CohortApp(ClientApp):
     """A Flower ClientApp that an engine may also hand the training messages of several clients at once."""
 
-    def cohorts(self, batch: Sequence[tuple[Message, Context]], size: int | None) -> list[list[int]]:
+    def cohorts(self, batch: Sequence[tuple[Message, Context]], size: int | Mapping[str, int] | None) -> list[list[int]]:
         """Which of these training messages had best go together, by their places: the most work first.
 
-        `size` is the number of clients in a cohort; None: what is quickest on this machine.
+        `size` is the number of clients in a cohort, or that number by what they train; None: what is quickest on this machine.
         """
         from clients.cost import cohort_size, group
 
         job, bench = _job(batch[0][0])
-        size = cohort_size(bench, str(job[messages.TRAINS]), len(batch), size)
+        trains = str(job[messages.TRAINS])
+        size = cohort_size(bench, trains, len(batch), size.get(trains) if isinstance(size, Mapping) else size)
         return group([_task(message, context) for message, context in batch], size)
 
     def together(self, batch: Sequence[tuple[Message, Context]]) -> list[Message]:

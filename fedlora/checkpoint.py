@@ -3,7 +3,7 @@
     checkpoints/round-00012.safetensors     arrays: the server's state, and what each client keeps, as far as it has changed
                                             since the last one; the files of earlier rounds that have the rest stay
                                             metadata: the rest as one line of JSON, and a digest of everything
-    checkpoints/released.json               a private run: which state each round left, by digest
+    checkpoints/released.json               a private simulation: which state each round left, by digest
 
 Random streams need no place in it, for they follow from the seed, the purpose, the client and the round. Neither do the
 lines of rounds.jsonl: a checkpoint knows how long the file was, and by a digest what was in it.
@@ -29,7 +29,7 @@ from fedlora.config import CheckpointConfig
 from fedlora.lowrank import Pair
 from fedlora.messages import ServerState
 
-VERSION = 2  # of the files
+VERSION, RELEASED = 2, "released.json"  # of the files
 SERVER, EXTRA, CLIENT = "server/", "extra/", "client/"  # what names of arrays begin with
 
 
@@ -46,6 +46,12 @@ class Checkpoint:
     resumed: list[int] = field(default_factory=list)  # rounds after which the run was continued before
     lineage: str = ""  # what this run and all that went on from it have in common, and no other
     elsewhere: dict[int, int] = field(default_factory=dict)  # clients whose state is in the file of an earlier round, and which
+    cohorts: dict[str, int] = field(default_factory=dict)  # clients that share a pass, by what they train; empty: not settled
+
+    @property
+    def digest(self) -> str:
+        """What `Released` knows the state by."""
+        return digest_of(self.state)
 
     def to_bytes(self) -> bytes:
         """The file."""
@@ -125,16 +131,29 @@ class Checkpoints:
     def newest(self, rounds: Path, say: Callable[[str], None]) -> Checkpoint | None:
         """The newest that is whole and whose lines stand in the file `rounds`; what is wrong with a newer one is said.
 
-        Newer ones are removed, so that they are not taken for those of the rounds to come.
+        Newer ones are removed, so that they are not taken for those of the rounds to come. Raises ConfigError for one that
+        this process may not read or remove.
         """
+        try:
+            return self._newest(rounds, say)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot use {error.filename or self.folder} ({error.strerror}); make it readable, or begin anew with "
+                "overwrite=true"
+            ) from error
+
+    def _newest(self, rounds: Path, say: Callable[[str], None]) -> Checkpoint | None:
         for path in reversed(self._files()):
+            path.open("rb").close()  # what cannot be read need not be damaged
             try:
                 found = self._load(path)
+                if path != self._path(found.round):
+                    raise ValueError(f"it is that of round {found.round}")
                 if found.history != history(rounds, found.history[0]):
                     raise ValueError(f"{rounds.name} does not begin with the lines that it knows")
             except ValueError as reason:
                 say(f"{path} is damaged and is not used ({reason})")
-                path.unlink()
+                disk.remove(path)
             else:
                 self.resumed, self.lineage = sorted({*found.resumed, found.round}), found.lineage
                 places = {node: found.elsewhere.get(node, found.round) for node in found.clients}
@@ -161,36 +180,71 @@ class Checkpoints:
 
 
 class Released:
-    """Which state each round of a private run left, by digest; nothing is ever taken out of it.
+    """Which state each round of a private simulation left, by digest; nothing is ever taken out of it.
 
     A round that is taken again draws the same noise. That costs nothing as long as it comes out the same; the same noise on
     something else would lay open the difference of the two.
     """
 
     def __init__(self, path: Path) -> None:
-        """Reads what is there. Raises ConfigError where that is damaged."""
         self.path = path
+        self.digests: dict[int, str] = {}
+
+    def recall(self, last: Checkpoint | None, begun: bool, idle: bool) -> str:
+        """Read what earlier processes noted; `last` is what the run goes on from.
+
+        `begun` says whether a round was ever begun, `idle` whether none was after `last`. Where the file is lost, what it
+        said is known again if no more was released than `last` has; the returned sentence says so. Raises ConfigError for any
+        other loss.
+        """
+        said, anew = "", last is not None and last.round > 0 and idle
         try:
-            self.digests: dict[str, str] = dict(json.loads(path.read_bytes())) if path.exists() else {}
-        except (OSError, ValueError, TypeError) as error:
-            raise ConfigError(
-                f"cannot read {path} ({error}), so what its noise was used with is unknown; restore the file, or begin anew "
-                "with another seed and overwrite=true"
-            ) from error
+            self.digests = self._read()
+        except (OSError, ValueError, RecursionError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            if begun and not anew:
+                raise self._lost(reason) from error
+            self.digests = {last.round: last.digest} if last and anew else {}
+            said = f"{self.path} is made again from the checkpoint ({reason})" if anew else ""
+        if last and last.round and self.digests.get(last.round) != last.digest:
+            raise self._lost(f"it does not have the state of round {last.round}, which the checkpoint has")
+        return said
 
     def note(self, round: int, state: ServerState) -> None:
-        """To be called before anybody sees what a round left. Raises RunError if the round came out otherwise before."""
-        digest = messages.digest(messages.named(state.adapters, state.dense, "AB", state.base_correction))
-        if self.digests.setdefault(str(round), digest) != digest:
+        """To be called before anybody is sent what a round left. Raises RunError if the round came out otherwise before."""
+        digest = digest_of(state)
+        if round in self.digests and self.digests[round] == digest:
+            return
+        if round <= max(self.digests, default=0):
+            known = "came out otherwise than before" if round in self.digests else "came out nobody knows how before"
             raise RunError(
-                f"round {round} came out otherwise than before the run was broken off (a client that dropped out, another "
-                "machine?), and to go on would use its noise twice; begin anew with another seed and overwrite=true"
+                f"round {round} {known} the run was broken off (a client that dropped out, another machine?), and to go on "
+                "would use its noise twice; begin anew with another seed and overwrite=true"
             )
+        self.digests[round] = digest
+        self.write()
+
+    def _read(self) -> dict[int, str]:
+        return {int(round): str(digest) for round, digest in disk.unsealed(self.path.read_bytes()).items()}
+
+    def write(self) -> None:
+        """Put it on disk, also before the first round, so that a missing file is noticed. Raises RunError."""
         try:
             self.path.parent.mkdir(exist_ok=True)
-            disk.write(self.path, json.dumps(self.digests).encode())
+            disk.write(self.path, disk.sealed({str(round): digest for round, digest in self.digests.items()}).encode())
         except OSError as error:
             raise RunError(f"cannot write {self.path} ({error.strerror}); the run stops here") from error
+
+    def _lost(self, why: str) -> ConfigError:
+        return ConfigError(
+            f"cannot read {self.path} ({why[:200]}), so what the run's noise was used with is unknown; restore the file, or "
+            "begin anew with another seed and overwrite=true"
+        )
+
+
+def digest_of(state: ServerState) -> str:
+    """A digest of all that clients are sent of a state."""
+    return messages.digest(messages.named(state.adapters, state.dense, "AB", state.base_correction))
 
 
 def history(rounds: Path, length: int | None = None) -> tuple[int, str]:

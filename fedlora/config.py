@@ -8,6 +8,7 @@ those of every other group may, and the two never mix in one group.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass, field
 from typing import Any
@@ -146,7 +147,7 @@ class PrivacyConfig:
     participation: str = setting("schedule", "record: the rounds that σ is derived for: schedule, worst, or expected")
     adjacency: str = setting("add_remove", "neighbours differ in one that adds nothing (add_remove) or is another (replace)")
     accountant: str = setting("prv", "record: prv, or rdp (quicker, 8 to 29 % looser; add_remove only)")
-    sampling: str = setting("poisson", "user: how a cohort is drawn and accounted: poisson, fixed or none (no amplification)")
+    sampling: str = setting("poisson", "user: how a cohort is drawn and accounted: poisson, fixed, none (with deploy: none)")
 
 
 @dataclass
@@ -238,8 +239,15 @@ class Config:
 
     @property
     def fresh_noise(self) -> bool:
-        """Whether a round that is taken again has other noise than before: that of devices, whose seeds are their own."""
-        return bool(self.deploy) and self.privacy.name == "record"
+        """Whether a round that is taken again has other noise than before: from secrets of devices, or of their server."""
+        return bool(self.deploy) and self.privacy.name != "none"
+
+    @property
+    def identity(self) -> str:
+        """What can change a number, as a digest. A minimal version: helper streams writes it, to be dropped at the merge."""
+        own = {"engine", "checkpoint", "name", "results", "overwrite", "plan", "save_merged"}
+        values = {key: value for key, value in dataclasses.asdict(self).items() if key not in own}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def checked(self) -> Config:
         """This configuration, if its values are possible together; raises ConfigError with one sentence otherwise."""

@@ -11,14 +11,18 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
+from clients import cost
 from fedlora import engines, messages, plan, ranks, report, terminal, workbench
 from fedlora.check import RunError
-from fedlora.checkpoint import Checkpoint, Checkpoints, Released
+from fedlora.checkpoint import RELEASED, Checkpoint, Checkpoints, Released
 from fedlora.config import Config
+from fedlora.engines.local import LocalGrid
 from fedlora.evaluate import evaluate
+from fedlora.folder import ADAPTER, CHECKPOINTS, CURVES, MERGED, PRIVACY, ROUNDS, SUMS
 from fedlora.interrupt import CtrlC
 from fedlora.messages import ServerState
-from fedlora.records import ADAPTER, CHECKPOINTS, CURVES, MERGED, PRIVACY, ROUNDS, SUMS, Recorder, run_name
+from fedlora.privacy import ledger
+from fedlora.records import Recorder, run_name
 from fedlora.secure import Sets
 from fedlora.server import make_strategy
 from fedlora.workbench import Workbench
@@ -70,10 +74,13 @@ def play(
         state = initial_state(bench, strategy)
         counted = recorder.folder / PRIVACY
         before = counted if config.fresh_noise and not config.overwrite else None
-        guard = plan.guard(bench, lambda ledger: ledger.save(counted), before)
+        guard = plan.guard(bench, recorder.spend, before)
+        released = None if guard is None else books(recorder, guard, last)
         terminal.announce(config, plan.derive(bench, strategy, state, guard))
         recorder.begin(last.history[0] if last else 0)
-        course = Course(bench, strategy, guard, recorder, checkpoints, shown, state, started)
+        if released:
+            released.write()
+        course = Course(bench, strategy, guard, recorder, checkpoints, shown, state, started, released)
         if last:
             course.go_on(last)
         with shown, course.ctrl_c, terminal.notes() as notes:
@@ -108,6 +115,7 @@ class Course:
         shown: terminal.Rounds,
         state: ServerState,
         started: float,
+        released: Released | None = None,
     ) -> None:
         self.bench, self.strategy, self.guard, self.started = bench, strategy, guard, started
         self.recorder, self.checkpoints, self.shown = recorder, checkpoints, shown
@@ -115,24 +123,24 @@ class Course:
         self.last: Checkpoint | None = None
         self.done = 0  # rounds before those of this process
         self.clients: dict[int, RecordDict] | None = None  # what they keep, where the grid has it
-        seeded = guard is not None and not bench.config.fresh_noise
-        self.released = Released(recorder.folder / CHECKPOINTS / "released.json") if seeded else None
+        self.cohorts: dict[str, int] = {}  # clients that share a pass, by what they train; empty: not settled
         self.ctrl_c = CtrlC()
         if guard is not None:
-            strategy.admit, strategy.release = guard.admit, guard.release
+            strategy.admit, strategy.release, strategy.draw = guard.admit, guard.release, guard.draw or strategy.draw
+        if released is not None:
+            strategy.settled = released.note
 
     def go_on(self, last: Checkpoint) -> None:
         """Stand where the run stood at this checkpoint; its seconds go on from those of the newest line."""
-        self.last, self.done, self.state = last, last.round, last.state
+        self.last, self.done, self.state, self.cohorts = last, last.round, last.state, last.cohorts
         rows = report.read_rounds(self.recorder.folder)
         self.started -= rows[-1]["seconds"]
         self.shown.went_on(rows)
-        if self.guard is not None:
-            self.guard.go_on(last.guard)
 
     def drive(self, grid: Grid) -> None:
         """The rounds that are left, in Flower's own loop."""
         self._meet(grid)
+        self._settle(grid)
         config, state = self.bench.config, self.state
         arrays = messages.pack(state.adapters, state.dense, correction=state.base_correction)
         if self.last:
@@ -161,8 +169,6 @@ class Course:
             return None
         config, strategy, round = self.bench.config, self.strategy, self.done + number
         state = strategy.state or self.state
-        if self.released:
-            self.released.note(round, state)
         row = {"round": round} | (strategy.report.as_row(self.started) if strategy.report else {})
         row |= self.guard.spent() if self.guard else {}
         measured: dict[str, float] = {}
@@ -174,7 +180,8 @@ class Course:
         self.state = state
         if self.clients is not None and self.checkpoints.due(round, config.rounds):
             memory, lines = self.guard.memory() if self.guard else {}, self.recorder.history()
-            self.checkpoints.save(Checkpoint(round, asdict(config), state, self.clients, memory, lines))
+            settled = Checkpoint(round, asdict(config), state, self.clients, memory, lines, cohorts=self.cohorts)
+            self.checkpoints.save(settled)
         self.shown.finished(row)
         self.ctrl_c.check()
         return MetricRecord(dict(measured)) if measured else None
@@ -193,6 +200,41 @@ class Course:
             terminal.say(f"no checkpoints are written: this engine does not give out what {what}")
         if self.clients is not None and self.last:
             self.clients.update(self.last.clients)
+
+    def _settle(self, grid: Grid) -> None:
+        """Let so many clients share a pass as when the run began: bits depend on it, on whichever machine it goes on."""
+        config, wanted = self.bench.config, engines.cohort(self.bench.config)
+        if config.deploy or not isinstance(grid, LocalGrid) or not grid.settles:
+            return
+        if not self.cohorts:
+            trained = {self.strategy.trained(round) for round in (1, 2)}
+            self.cohorts = {each: wanted or cost.cohort_size(self.bench, each, config.cohort_size) for each in trained}
+        sizes = set(self.cohorts.values())
+        if wanted is not None and sizes != {wanted}:
+            began = " or ".join(map(str, sorted(sizes)))
+            terminal.say(f"engine.cohort={wanted}: {began} clients share a pass, as when this run began, so that its bits stay")
+        grid.cohort = 1 if sizes == {1} else self.cohorts
+
+
+def books(recorder: Recorder, guard: plan.Guard | plan.UserGuard, last: Checkpoint | None) -> Released | None:
+    """What was released before this process, where a round that is taken again has the noise that it had; else None.
+
+    The guard stands where it stood at `last`. Raises ConfigError where what was spent or released cannot be known.
+    """
+    config, counted = recorder.config, recorder.folder / PRIVACY
+    begun = counted.exists()
+    if last:
+        if last.round and not begun:
+            raise ledger.unknown(f"the privacy ledger {counted} is missing")
+        guard.go_on(last.guard)
+    if config.fresh_noise:
+        return None
+    released = Released(recorder.folder / CHECKPOINTS / RELEASED)
+    if not config.overwrite:
+        idle = begun and type(guard.ledger).load(counted) == guard.ledger
+        if said := released.recall(last, begun, idle):
+            terminal.say(said)
+    return released
 
 
 def initial_state(bench: Workbench, strategy: LoRAStrategy) -> ServerState:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -45,9 +45,9 @@ def guard(
     if config.privacy.name == "none":
         return None
     if config.privacy.name == "user":
-        from fedlora.privacy.dp_fedavg import UserGuard
+        from fedlora.privacy.dp_fedavg import UserGuard, UserLedger
 
-        return UserGuard(config.privacy, config.clients, config.cohort_size, config.rounds, config.seed, save)
+        return UserGuard(config, save, UserLedger.load(before) if before and before.exists() else None)
     from fedlora.privacy.ledger import Ledger
     from fedlora.privacy.record_level import Client, Guard
 
@@ -155,10 +155,10 @@ class Estimate:
 def estimate(bench: Workbench, strategy: LoRAStrategy, state: ServerState) -> Estimate:
     """What the run comes to: exact but for its seconds."""
     config = bench.config
-    rounds = schedule(config.seed, config.rounds, config.clients, config.cohort_size, config.poisson)
-    trainings = rounds.total()
+    rounds = participations(config)
+    trainings = round(sum(rounds.values()))
     counts = [len(bench.examples_of(client)[0]) for client in range(config.clients)]
-    steps = sum(local_steps(config.train, counts[client]) * times for client, times in rounds.items())
+    steps = round(sum(local_steps(config.train, counts[client]) * times for client, times in rounds.items()))
     every = config.evaluate.every
     tested = (1 + config.rounds // every + (config.rounds % every > 0)) * len(bench.dataset.test)
     held_out = (config.rounds // every) * sum(len(bench.examples_of(client)[1]) for client in range(config.clients))
@@ -168,12 +168,19 @@ def estimate(bench: Workbench, strategy: LoRAStrategy, state: ServerState) -> Es
         trainings=trainings,
         steps=steps,
         up=round(sum(times * bytes_up(state, strategy, client) for client, times in rounds.items())),
-        down=sum(times * bytes_down(state, strategy, client) for client, times in rounds.items()),
+        down=round(sum(times * bytes_down(state, strategy, client) for client, times in rounds.items())),
         step=step,
         training=steps * step + held_out * example,
         evaluation=tested * example,
         lanes=config.cohort_size / math.ceil(config.cohort_size / workers),
     )
+
+
+def participations(config: Config) -> Mapping[int, float]:
+    """Client → the rounds in which it is drawn; those to be expected where cohorts are a secret (privacy=user)."""
+    if config.privacy.name == "user":
+        return dict.fromkeys(range(config.clients), config.rounds * config.cohort_size / config.clients)
+    return schedule(config.seed, config.rounds, config.clients, config.cohort_size)
 
 
 _measured: dict[str, tuple[float, float]] = {}
@@ -220,7 +227,7 @@ def expense(bench: Workbench, strategy: LoRAStrategy, state: ServerState, whole:
     return [
         ("bytes a client and round", f"up {size(up)}, down {size(down)}", "arrays as sent, 128 bytes of header each"),
         ("bytes of the run", f"up {size(whole.up)}, down {size(whole.down)}", trainings),
-        ("steps", f"{whole.steps:,}", f"optimiser steps of the {trainings} that the seed draws"),
+        ("steps", f"{whole.steps:,}", f"optimiser steps of the {trainings}"),
         *time,
         ("base model", size(weights), "once in each process"),
         ("adapters, gradients, optimiser", size(held * (2 + moments)), f"{2 + moments} × what is trained, float32"),

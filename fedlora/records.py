@@ -14,43 +14,33 @@ the same name are refused.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import hashlib
 import json
 import math
 import os
-import platform
 import re
-import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from importlib import metadata
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 import strategies
-from fedlora import disk
+from fedlora import disk, folder
 from fedlora.check import ConfigError, RunError
 from fedlora.config import Config, from_dict, settings
+from fedlora.environment import environment
+from fedlora.folder import ADAPTER, CHECKPOINTS, CONFIG, CURVES, ENV, FOLDERS, LOCK, MERGED, PRIVACY, ROUNDS, SUMMARY
 
-ROUNDS, SUMMARY, CONFIG, ENV, CURVES, ADAPTER, MERGED, PRIVACY, CHECKPOINTS = (
-    "rounds.jsonl", "summary.json", "config.json", "env.json", "curves.png", "adapter", "merged", "privacy.json", "checkpoints"
-)  # fmt: skip
-LOCK = ".lock"
-SUMS = "sums.jsonl"  # of a run on devices: whose secure sums were unmasked; it stays when a run begins anew
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system that has none
 PATIENCE = 5.0  # seconds for a run that was killed: the workers in which its cells are end some time after it
 # Settings that cannot change a number.
 _NOT_IDENTITY = ("engine.", "checkpoint.", "name", "results", "overwrite", "plan", "save_merged")
-_VERSIONS = ("flwr", "torch", "transformers", "peft", "ray", "numpy", "scikit-learn", "hydra-core", "safetensors", "opacus")
 
 
 def flat(config: Config) -> dict[str, Any]:
@@ -98,10 +88,12 @@ class Recorder:
     """Writes one run's results folder, each file whole or not at all."""
 
     def __init__(self, config: Config) -> None:
-        """Checks the folder without changing it; raises ConfigError where it holds a run with other settings."""
+        """Checks the folder and changes nothing. Raises ConfigError where it holds another run, or cannot be read."""
         self.config = config
         self.folder = Path(config.results) / (config.name or run_name(config))
         self._length, self._digest = 0, hashlib.sha256()  # of rounds.jsonl
+        self._lock: disk.Lock | None = None
+        folder.refuse_strange(self.folder)
         self.refuse_others(self._read(CONFIG))
 
     @property
@@ -118,8 +110,11 @@ class Recorder:
             )
 
     def summary(self) -> dict[str, Any]:
-        """The summary of the run that stands in the folder; empty if none has ended there."""
-        return self._read(SUMMARY)
+        """The summary of the run that stands in the folder; empty if none has ended there. Raises ConfigError for damage."""
+        summary = self._read(SUMMARY)
+        if summary and not folder.is_summary(summary):
+            raise folder.damaged(self.folder / SUMMARY, "it is not what a run writes")
+        return summary
 
     def rounds(self) -> int:
         """Rounds that are on disk, so that a run in another process can be followed."""
@@ -133,20 +128,24 @@ class Recorder:
 
         Raises ConfigError if it cannot be written, or another process still runs there after `patience` seconds.
         """
+        tried = self.folder
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.folder) as file:
-                file.write(b" ")
-                file.flush()
-            self._lock = self._locked(patience)  # kept, so that it holds for as long as this object does
+            tried.mkdir(parents=True, exist_ok=True)
+            folder.refuse_strange(self.folder)
+            for tried in (self.folder, *(self.folder / name for name in FOLDERS if (self.folder / name).exists())):
+                with tempfile.TemporaryFile(dir=tried) as file:
+                    file.write(b" ")
+                    file.flush()
+            self._lock = self._locked(patience)
         except OSError as error:
             raise ConfigError(
-                f"results={self.config.results}: cannot write {self.folder} ({error.strerror}); choose another folder"
+                f"results={self.config.results}: cannot write {tried} ({error.strerror}); choose another folder"
             ) from error
         self.refuse_others(self._read(CONFIG))  # whoever had it until now may have written since
-        return self._lock
+        return self._lock or nullcontext()
 
-    def _locked(self, patience: float) -> AbstractContextManager[object]:
+    def _locked(self, patience: float) -> disk.Lock | None:
+        """The lock; None where the file system has none, so that nobody watches over the folder."""
         deadline = time.monotonic() + patience
         while True:
             try:
@@ -160,8 +159,16 @@ class Recorder:
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise
-                return contextlib.nullcontext()  # then nobody watches over it
+                return None
             time.sleep(0.1)
+
+    def still_ours(self) -> None:
+        """To be called before a round is written. Raises RunError where another process may have the folder by now."""
+        if self._lock is not None and not self._lock.held:
+            raise RunError(
+                f"{self.folder} or its {LOCK} was removed or replaced while the run went on, so that another one may write "
+                "there; the run stops here"
+            )
 
     def begin(self, history: int = 0) -> None:
         """Clear what an earlier run left after so many bytes of rounds.jsonl, and write config.json and env.json.
@@ -169,20 +176,24 @@ class Recorder:
         What its clients have spent stays counted, unless it is to be overwritten: the same rounds will be taken again.
         """
         anew = (CHECKPOINTS, PRIVACY) if self.config.overwrite else ()
-        for name in (SUMMARY, *anew, CURVES, ADAPTER, MERGED):  # the mark of a finished run goes first
-            _remove(self.folder / name)
         self._length, self._digest = history, hashlib.sha256()
-        if history:
-            os.truncate(self.folder / ROUNDS, history)
-            self._digest.update((self.folder / ROUNDS).read_bytes())
-        else:
-            _remove(self.folder / ROUNDS)
+        try:
+            for name in (SUMMARY, *anew, CURVES, ADAPTER, MERGED):  # the mark of a finished run goes first
+                disk.remove(self.folder / name)
+            if history:
+                os.truncate(self.folder / ROUNDS, history)
+                self._digest.update((self.folder / ROUNDS).read_bytes())
+            else:
+                disk.remove(self.folder / ROUNDS)
+        except OSError as error:
+            raise self._full(Path(error.filename or ROUNDS).name, error) from error
         self.write(CONFIG, dataclasses.asdict(self.config))
         self.write(ENV, environment())
 
     def round(self, row: dict[str, Any]) -> None:
         """Append one round to rounds.jsonl, on disk when this returns."""
         line = (json.dumps(_strict(row)) + "\n").encode()
+        self.still_ours()
         try:
             with open(self.folder / ROUNDS, "ab") as file:
                 file.write(line)
@@ -193,6 +204,11 @@ class Recorder:
         self._length += len(line)
         self._digest.update(line)
 
+    def spend(self, ledger: Any) -> None:
+        """Save the ledger of a private run, on disk when this returns."""
+        self.still_ours()
+        ledger.save(self.folder / PRIVACY)
+
     def history(self) -> tuple[int, str]:
         """What stands in rounds.jsonl since `begin`: how many bytes, and their digest, as in `checkpoint.history`."""
         return self._length, self._digest.hexdigest()
@@ -201,24 +217,30 @@ class Recorder:
         """Write summary.json, the mark of a run that has ended; a run that has finished needs its checkpoints no more."""
         self.write(SUMMARY, _strict(summary))
         if summary["status"] == "finished":
-            _remove(self.folder / CHECKPOINTS)
+            disk.remove(self.folder / CHECKPOINTS)
 
     def save(self, name: str, write: Callable[[Path], None]) -> None:
         """Let `write` make a file or a folder, and put it under its name only when it is whole."""
         temporary, final = self.folder / f".{name}.tmp", self.folder / name
-        _remove(temporary)
+        disk.remove(temporary)
         try:
             write(temporary)
-            _remove(final)
+            disk.remove(final)
             temporary.replace(final)
         except (OSError, SafetensorError) as error:
-            _remove(temporary)
+            disk.remove(temporary)
             raise self._full(name, error) from error
 
     def write(self, name: str, content: dict[str, Any]) -> None:
         """Write a JSON file, whole and on disk when this returns."""
+        self.put(name, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+
+    def put(self, name: str, content: bytes) -> None:
+        """Write a file, by its path in the folder, whole and on disk when this returns."""
+        path = self.folder / name
         try:
-            disk.write(self.folder / name, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+            path.parent.mkdir(parents=True, exist_ok=True)
+            disk.write(path, content)
         except OSError as error:
             raise self._full(name, error) from error
 
@@ -227,61 +249,26 @@ class Recorder:
         return RunError(f"results={self.config.results}: cannot write {self.folder / name} ({reason}); the run stops here")
 
     def _read(self, name: str) -> dict[str, Any]:
+        """What stands in a JSON file; empty if there is none. Damage is an error, unless all is to be overwritten."""
         try:
-            content: dict[str, Any] = json.loads((self.folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            return folder.read(self.folder / name)
+        except ConfigError:
+            if not self.config.overwrite:
+                raise
             return {}
-        return content
 
     def _difference(self, there: dict[str, Any]) -> str:
         """'rounds 30 → 20' for the settings in which the folder's run differs from this one; '' if there is none."""
         try:
             old = flat(from_dict(there))  # settings that it was run without stand at their defaults
-        except (ConfigError, TypeError):
-            return "it was made by another version of fedlora"
+        except (ConfigError, TypeError, AttributeError, KeyError):
+            return "it was made by another version of fedlora, or is damaged"
         new = flat(self.config)
         keys = [key for key in sorted(old | new) if identifies(key) and old.get(key) != new.get(key)]
-        return ", ".join(f"{key} {old.get(key)} → {new.get(key)}" for key in keys[:4]) + (", …" if len(keys) > 4 else "")
+        shown = ", ".join(f"{key} {str(old.get(key))[:99]} → {str(new.get(key))[:99]}" for key in keys[:4])
+        return shown + (", …" if len(keys) > 4 else "")
 
 
 def _strict(row: dict[str, Any]) -> dict[str, Any]:
     """The row with null for what JSON cannot say: an infinite ε, a loss that is not a number."""
     return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def environment() -> dict[str, Any]:
-    """Versions, commit, hardware and command line of this process."""
-    import psutil
-
-    return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in _VERSIONS},
-        "platform": platform.platform(),
-        "cores": os.cpu_count(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "gpus": _gpus(),
-    }
-
-
-def _gpus() -> list[str]:
-    import torch
-
-    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-
-
-def _git(*arguments: str) -> str:
-    try:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from fedlora.config import Config
+from fedlora.folder import ROUNDS
 from fedlora.privacy.claim import claim
-from fedlora.records import ROUNDS
 
 
 def read_rounds(folder: Path) -> list[dict[str, Any]]:

@@ -14,6 +14,8 @@ from fedlora.data import domains, partition
 if TYPE_CHECKING:
     from fedlora.config import Config, DatasetConfig, EngineConfig, TrainConfig
 
+MOST_KEPT = 1000  # checkpoints
+
 
 def validate(config: Config) -> None:
     """Raises ConfigError, in one sentence that names the setting, its value and the cure, for the first that is wrong."""
@@ -31,6 +33,8 @@ def validate(config: Config) -> None:
     check.below_one(**{"evaluate.holdout": config.evaluate.holdout})
     check.not_negative(**{"checkpoint.every": config.checkpoint.every})
     check.positive(**{"checkpoint.keep": config.checkpoint.keep})
+    if config.checkpoint.keep > MOST_KEPT:
+        raise ConfigError(f"checkpoint.keep={config.checkpoint.keep} is above {MOST_KEPT}; each is a file, and 2 are enough")
     check.one_of(engine_names(), **{"engine.name": config.engine.name})
     check.not_negative(**{"engine.retries": config.engine.retries})
     check.not_negative(**{"engine.prefix_cache": config.engine.prefix_cache})
@@ -249,7 +253,11 @@ def _check_deploy(config: Config) -> None:
         (f"dataset={config.dataset.name}", config.dataset.name != "files", "set dataset=files"),
         (f"dataset.domains={config.dataset.domains}", bool(config.dataset.domains), "remove it"),
         ("dataset.classes=[]", not config.dataset.classes, "name all labels, which no device knows: dataset.classes=[no,yes]"),
-        ("privacy=user with privacy.sampling=poisson", config.poisson, "set privacy.sampling=fixed"),
+        (
+            f"privacy=user and privacy.sampling={config.privacy.sampling}",
+            config.privacy.name == "user" and config.privacy.sampling != "none",
+            "traffic and timing show who takes part, so that sampling amplifies nothing: set privacy.sampling=none",
+        ),
     ):
         if bad:
             raise ConfigError(f"deploy={config.deploy} does not go with {setting}; {cure}")

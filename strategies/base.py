@@ -76,6 +76,10 @@ class LoRAStrategy(Wire):
             raise ConfigError(f"adapter.ranks does not go with strategy={self.name}: {self.unequal}; give all clients one rank")
         self.state = None
         self.initial, self.report = {}, None
+        # Draws a round's cohort out of these clients, so many of them.
+        self.draw: Callable[[int, list[int], int], list[int]] = lambda round, clients, size: draw_cohort(
+            self.seed, round, clients, size, self.poisson
+        )
         # Called with each round's cohort before anything is sent; returns who takes part (a budget may be spent).
         self.admit: Callable[[int, list[int]], list[int]] = lambda round, cohort: cohort
         # Where set, turns what clients sent into what may be merged, an empty list too (user-level privacy).
@@ -86,6 +90,8 @@ class LoRAStrategy(Wire):
         self.optimizer: Callable[[ServerState, ServerState, str], ServerState] | None = None
         # Where set, asks for sums of what clients keep, so that nobody's own is ever sent (secure aggregation).
         self.sum_of: SecureMean | None = None
+        # Called with the state that a round leaves, before anybody is sent it.
+        self.settled: Callable[[int, ServerState], None] = lambda round, state: None
         self.roll = RollCall(patience, clients)
         self._sent, self._job = [], ConfigRecord()
         self._grid = None
@@ -128,7 +134,7 @@ class LoRAStrategy(Wire):
         self._grid = grid
         nodes = self.roll.nodes(grid, self.min_available_nodes)
         everyone = sorted(nodes) if self.clients is None else list(range(self.clients))
-        drawn = draw_cohort(self.seed, server_round, everyone, self._size(len(everyone)), self.poisson)
+        drawn = self.draw(server_round, everyone, self._size(len(everyone)))
         cohort = self.admit(server_round, [client for client in drawn if client in nodes])
         away = {client: "not online" for client in drawn if client not in nodes}
         if not cohort and self.release is None:
@@ -170,6 +176,7 @@ class LoRAStrategy(Wire):
         if self.optimizer:
             self.state = self.optimizer(before, self.state, sends)
         self.state = self._derivable(before, self.state)
+        self.settled(server_round, self.state)
         report.seconds_merge = time.perf_counter() - received_at
         report.metrics |= (
             geometry(before, self.state, merged, self.initial)

@@ -39,7 +39,9 @@ ALLOWED = {
     "fedlora.evaluate": {"fedlora.models"},
     "fedlora.engines": {"fedlora.check", "fedlora.config", "fedlora.workbench"},
     "fedlora.workbench": {"fedlora.check", "fedlora.config", "fedlora.data", "fedlora.models"},
-    "fedlora.report": {"fedlora.config", "fedlora.privacy.claim", "fedlora.records"},
+    "fedlora.folder": {"fedlora.check"},
+    "fedlora.environment": set(),
+    "fedlora.report": {"fedlora.config", "fedlora.folder", "fedlora.privacy.claim"},
     "fedlora.checkpoint": {"fedlora.check", "fedlora.config", "fedlora.disk", "fedlora.lowrank", "fedlora.messages"},
     "fedlora.privacy": {
         "fedlora.cache",
@@ -48,6 +50,7 @@ ALLOWED = {
         "fedlora.disk",
         "fedlora.lowrank",
         "fedlora.messages",
+        "fedlora.participation",
         "fedlora.seeds",
     },
     # Commands that try the private training path: they wire parts as cli does, and nothing imports them.

@@ -323,7 +323,7 @@ def test_a_private_round_that_comes_out_otherwise_the_second_time_ends_the_run(q
     config = quick(name="mine", min_success=0.5, checkpoint__every=2, **user)
     folder = broken_off(config, monkeypatch, 2)
     (folder / "checkpoints" / "round-00002.safetensors").write_bytes(b"torn")
-    monkeypatch.setattr("tests.apps.FAULTY", {2})  # one of the two of round 1
+    monkeypatch.setattr("tests.apps.FAULTY", set(lines(folder)[1]["cohort"][:1]))  # one of the two of round 1
     with pytest.raises(RunError, match=r"round 1 came out otherwise than before .* its noise twice"):
         experiment.run(config, 0.0, "tests.apps:raises")
     assert UserLedger.load(folder / "privacy.json").rounds == 2

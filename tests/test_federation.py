@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, generate_pri
 from flwr.app import ConfigRecord, Context, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 
-from fedlora import disk, messages
+from fedlora import disk, messages, report
 from fedlora.check import ConfigError, RunError
 from fedlora.checkpoint import Checkpoints
 from fedlora.config import CheckpointConfig, Config, DatasetConfig
@@ -23,8 +23,9 @@ from fedlora.deploy.device import Device, Holdings, goes_back, identity
 from fedlora.deploy.memory import Memory
 from fedlora.deploy.sums import SecureSums
 from fedlora.engines.local import LocalGrid, carrying
+from fedlora.folder import LOCK
 from fedlora.privacy.ledger import Ledger
-from fedlora.records import LOCK, Recorder
+from fedlora.records import Recorder
 from fedlora.secure import Identity
 from tests.conftest import write_digits
 from tests.test_checkpoint import fails_after, outcome
@@ -340,7 +341,8 @@ def test_the_same_command_follows_the_run_that_still_goes_on(small, tmp_path, mo
     for number in logs:
         sender = Sender(tmp_path, logs[number].append)
         sender.rounds()
-    sender.file("summary.json", b'{"status": "finished", "rounds": 1}')
+    whole = report.summarise(config, []) | {"status": "finished", "seconds": 1.0, "seconds_to_first_round": 0.5}
+    sender.file("summary.json", json.dumps(whole).encode())
     assert launch.run(config, tmp_path)["status"] == "finished"
     assert started == ["8"]  # the one that went on ended without a summary: its ServerApp was killed
     said = capsys.readouterr().out

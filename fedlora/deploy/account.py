@@ -14,7 +14,7 @@ import os
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from fedlora import disk
 from fedlora.check import ConfigError, RunError
@@ -82,7 +82,7 @@ class Account:
         self._lock.close()
 
 
-def _locked(path: Path) -> BinaryIO:
+def _locked(path: Path) -> disk.Lock:
     try:
         return disk.lock(path)
     except BlockingIOError as error:

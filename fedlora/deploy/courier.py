@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedlora.check import RunError
-from fedlora.records import ROUNDS
+from fedlora.folder import ROUNDS
 
 MARK, PIECE = "fedlora", 48_000  # bytes of a file in one line
 
@@ -45,7 +45,7 @@ class Sender(io.TextIOBase):
     def rounds(self) -> None:
         """The rounds that are new since the last call, without a line that is not whole yet."""
         try:
-            lines = (self.folder / ROUNDS).read_text(encoding="utf-8").split("\n")[:-1]
+            lines = (self.folder / ROUNDS).read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
         except OSError:
             return
         for line in lines[self._rows :]:

@@ -16,12 +16,13 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedlora import disk, messages, report, terminal
+from fedlora import messages, report, terminal
 from fedlora.check import RunError
 from fedlora.config import Config
 from fedlora.deploy.courier import Receiver
+from fedlora.folder import SUMMARY
 from fedlora.interrupt import CtrlC
-from fedlora.records import SUMMARY, Recorder
+from fedlora.records import Recorder
 
 ENDED = "finished"  # how the status of a run begins that goes on no more
 COMPLETED = "finished:completed"  # and of one that ended without an error
@@ -112,22 +113,31 @@ def bring(recorder: Recorder, number: str) -> str:
     """
 
     def row(line: str) -> None:
-        recorder.round(json.loads(line))
+        recorder.round(_object(line))
 
     def file(name: str, content: bytes) -> None:
         if name == SUMMARY:
-            recorder.close(json.loads(content))
-            return
-        path = recorder.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        disk.write(path, content)
+            recorder.close(_object(content))
+        else:
+            recorder.put(name, content)
 
     with stopping(recorder.config, number):
-        disk.write(recorder.folder / RUN, number.encode())
+        recorder.put(RUN, number.encode())
         recorder.begin()
         ended = follow(recorder.config, number, Receiver(terminal.say, row, file))
     (recorder.folder / RUN).unlink()
     return ended
+
+
+def _object(text: str | bytes) -> dict[str, Any]:
+    """A JSON object that the server sent. Raises RunError for anything else, which its folder has where it is damaged."""
+    try:
+        content: dict[str, Any] = json.loads(text)
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"the server sent records that cannot be read ({error}); look into its folder of this run") from error
+    return content
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 The server has the base model, and a test set if `dataset.test` names one here; it has no training data. How many examples
 each device has, which σ and the weights depend on, the devices say in a roll call.
 
-    $FLWR_HOME/fedlora/<name>    its results folder, which stays: a run that is broken off goes on from the checkpoints in it
+    $FLWR_HOME/fedlora/<name>    its results folder, which stays: a run that is broken off goes on from the checkpoints in it.
+                                 Nobody but the server's own user may read it
 """
 
 from __future__ import annotations
@@ -17,17 +18,19 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.utils import get_flwr_home
 
-from fedlora import messages, terminal
+from fedlora import disk, messages, terminal
 from fedlora.check import ConfigError, RunError
 from fedlora.config import Config, EngineConfig
 from fedlora.deploy.courier import Sender
 from fedlora.engines.inline import InlineEngine
-from fedlora.records import ADAPTER, CURVES, MERGED, PRIVACY, SUMMARY, Recorder, folder_name, run_name
+from fedlora.folder import ADAPTER, CURVES, MERGED, PRIVACY, SUMMARY
+from fedlora.records import Recorder, folder_name, run_name
 from strategies import LoRAStrategy
 from strategies.rollcall import RollCall
 
@@ -58,7 +61,7 @@ def main(grid: Grid, context: Context) -> None:
                 experiment.foretell(replace(met(grid, config, strategy), results=asked.results, name=asked.name), strategy)
                 return
             recorder = Recorder(met(grid, config, strategy))  # refuses a folder of other settings, none of which is sent
-            with recorder.claim(STOPPING):
+            with private(results, recorder.folder), recorder.claim(STOPPING):
                 try:
                     if recorder.finished:
                         terminal.finished(recorder.folder)
@@ -73,6 +76,24 @@ def main(grid: Grid, context: Context) -> None:
         if SUMMARY not in sender.sent:
             sender.file(SUMMARY, json.dumps({"status": "failed", "reason": str(error)}).encode())
         raise
+
+
+@contextmanager
+def private(*folders: Path) -> Iterator[None]:
+    """While this lasts, what is written is read by this user only, and so are these folders from now on.
+
+    Raises ConfigError for a folder of somebody else's.
+    """
+    try:
+        for folder in folders:
+            disk.make_private(folder)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot keep {error.filename or folders[-1]} from other users ({error.strerror}); give it to the server's user, "
+            "or set FLWR_HOME"
+        ) from error
+    with disk.private_files():
+        yield
 
 
 def met(grid: Grid, config: Config, strategy: LoRAStrategy) -> Config:

@@ -22,6 +22,11 @@ from fedlora.engines.local import play
 class InStepGrid(InlineGrid):
     """Lets whoever runs the experiments in step play its messages."""
 
+    @property
+    def settles(self) -> bool:
+        """No: clients of several runs share a pass."""
+        return False
+
     def execute(self, messages: list[Message], timeout: float | None) -> Iterator[Message]:
         """The replies, when those of the other experiments are there too; there is no deadline for what is shared."""
         runner = getcurrent().parent

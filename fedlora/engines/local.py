@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from flwr.app import Context, Error, Message, MessageType, RecordDict, UserConfig
@@ -27,7 +27,8 @@ class LocalGrid(Grid):
     """
 
     def __init__(self, clients: int, app: str, cohort: int | None, on_reply: Callable[[int], None]) -> None:
-        self.clients, self.app, self.cohort, self.on_reply = clients, load_app(app), cohort, on_reply
+        self.clients, self.app, self.on_reply = clients, load_app(app), on_reply
+        self.cohort: int | Mapping[str, int] | None = cohort  # clients that share a pass, or so many by what they train
         self._sent = 0
         self._replies: dict[str, Message] = {}
         self.states: dict[int, RecordDict] = {}
@@ -42,6 +43,11 @@ class LocalGrid(Grid):
     def set_run(self, run: Run) -> None:
         """Flower's own runtime names its run here."""
         self._run = run
+
+    @property
+    def settles(self) -> bool:
+        """Whether a run may say how many clients share a pass: where they can, and are its own alone."""
+        return hasattr(self.app, "together")
 
     @property
     def run(self) -> Run:

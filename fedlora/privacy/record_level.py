@@ -38,6 +38,7 @@ class Guard:
     """
 
     release = None  # what a client sends is private already
+    draw = None  # the seed does, in public
 
     def __init__(
         self,
