@@ -240,6 +240,13 @@ class Config:
         """Whether a round that is taken again has other noise than before: that of devices, whose seeds are their own."""
         return bool(self.deploy) and self.privacy.name == "record"
 
+    @property
+    def identity(self) -> str:
+        """A digest of every setting that can change a number: the same in any process, on any engine, after a resume."""
+        from fedlora.identity import digest  # knows the strategies, whose settings have defaults too; they load Flower
+
+        return digest(self)
+
     def checked(self) -> Config:
         """This configuration, if its values are possible together; raises ConfigError with one sentence otherwise."""
         validate(self)
