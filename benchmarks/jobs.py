@@ -13,7 +13,7 @@ import numpy as np
 from clients.cohort import Member, Trained, train_together
 from clients.cost import measure
 from clients.private import Mechanism
-from clients.task import Task
+from clients.task import Task, simulated_key
 from clients.train import perform
 from fedlora import config as settings
 from fedlora import seeds
@@ -97,7 +97,11 @@ class Steps:
         known = range(bench.config.clients)
         streams = [(0, client, 1) for client in range(clients)]
         shards = [bench.examples_of(client % len(known))[0] for client in range(clients)]
-        self.tasks = [Task(s, train, "AB", (1, 1), r, Mechanism(0.01, 1.0)) for s, r in zip(shards, streams, strict=True)]
+        mechanism = Mechanism(0.01, 1.0)
+        self.tasks = [
+            Task(shard, train, "AB", (1, 1), stream, mechanism, simulated_key(stream, "", mechanism))
+            for shard, stream in zip(shards, streams, strict=True)
+        ]
         self.start = bench.model.initial("kaiming", 0)
         self.done = clients * steps
 

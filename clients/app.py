@@ -17,13 +17,14 @@ from flwr.clientapp import ClientApp
 from clients import asked, start
 from clients.start import Start, Trained
 from fedlora import messages, sums
+from fedlora.check import RunError
 
 if TYPE_CHECKING:
     from clients.task import Task
     from fedlora.workbench import Workbench
 
 
-SECRET, SERIAL = "secret", "serial"  # of a device's own node configuration: see `Task.secret`
+KEY = "key"  # of a device's own node configuration: the key of one private training, 64 hexadecimal digits
 
 
 class CohortApp(ClientApp):
@@ -161,21 +162,28 @@ def _ensure(message: Message) -> None:
 
 
 def _task(message: Message, context: Context) -> Task:
-    """What this client has to do: with record-level privacy σ comes with the message, the rest is a setting."""
-    from clients.task import Task
+    """What this client has to do: with record-level privacy σ comes with the message, the rest is a setting.
+
+    Raises RunError for a private training on a device without a key of the device's own: its server knows the run's seed.
+    """
+    from clients.task import Task, simulated_key
 
     (job, bench), client = _job(message), _client(context)
-    config, round, mechanism = bench.config, int(job[messages.ROUND]), None  # type: ignore[arg-type]
+    config, round = bench.config, int(job[messages.ROUND])  # type: ignore[arg-type]
+    progress, streams = (round, config.rounds), (config.seed, client, round)
+    mechanism = key = None
     if config.privacy.name == "record":
         from clients.private import Mechanism  # Opacus takes a second to load
 
         mechanism = Mechanism(job[messages.NOISE][client], config.privacy.clip)  # type: ignore[index, arg-type]
+        if KEY in context.node_config:
+            key = bytes.fromhex(str(context.node_config[KEY]))
+        elif config.deploy:
+            raise RunError("a device trains privately with a key of its own ledger, and was given none")
+        else:
+            key = simulated_key(streams, bench.identity, mechanism)
     indices, _ = bench.examples_of(client)
-    progress, streams = (round, config.rounds), (config.seed, client, round)
-    secret = None
-    if mechanism is not None and SECRET in context.node_config:  # a real device: its server knows the run's seed
-        secret = int(str(context.node_config[SECRET]), 16), int(context.node_config[SERIAL])
-    return Task(indices, config.train, str(job[messages.TRAINS]), progress, streams, mechanism, secret)
+    return Task(indices, config.train, str(job[messages.TRAINS]), progress, streams, mechanism, key)
 
 
 def _starts(batch: Sequence[tuple[Message, Context]], bench: Workbench) -> list[Start]:

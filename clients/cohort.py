@@ -22,6 +22,7 @@ from clients.task import Task
 from clients.train import mean
 from fedlora import lowrank
 from fedlora.lowrank import Adapters, Pair
+from fedlora.models.dropout import ByPlace, ByRecord, Masks
 from fedlora.models.encode import Encoded, moved
 from fedlora.models.layout import Layout
 from fedlora.models.rows import Rows, Span
@@ -123,22 +124,22 @@ class Cohort:
         frozen = {key: array if array.dim() == 2 else array[number] for key, array in self.frozen.items()}
         scale = self.scale if isinstance(self.scale, float) else self.scale[number]
         batch = self.examples.batch(indices, self.device)
-        self.rows.give(trained | frozen, scale, self._spans(active, owners, batch))
+        self.rows.give(trained | frozen, scale, self._spans(active, owners, indices, batch))
         losses = nn.functional.cross_entropy(self.rows.logits(batch), batch["labels"], reduction="none")
         losses.sum().backward()
         assert leaf.grad is not None
         return leaf.grad, losses.detach()
 
-    def _spans(self, active: list[Trainee], owners: np.ndarray, batch: dict[str, Tensor]) -> list[Span]:
-        """Whose rows are where, and how long they would be padded by themselves: what a member's own dropout depends on."""
+    def _spans(self, active: list[Trainee], owners: np.ndarray, indices: np.ndarray, batch: dict[str, Tensor]) -> list[Span]:
+        """Whose rows are where, and the masks of their dropout; they are padded as they would be by themselves."""
         if not self.rows.drops:
             return []
-        mask = batch.get("attention_mask")
+        attention = batch.get("attention_mask")
         spans = []
         for k in np.unique(owners):
-            start, stop = np.searchsorted(owners, [k, k + 1])
-            longest = int(mask[start:stop].sum(1).max()) if mask is not None else None
-            spans.append(Span(int(start), int(stop), longest, active[k].dropout))
+            start, stop = map(int, np.searchsorted(owners, [k, k + 1]))
+            longest = int(attention[start:stop].sum(1).max()) if attention is not None else None
+            spans.append(Span(start, stop, active[k].masks(indices[start:stop], longest)))
         return spans
 
     def _by_member(self, arrays: list[np.ndarray]) -> Tensor:
@@ -160,8 +161,8 @@ class Trainee:
         self.places = None if places is None else torch.from_numpy(places).to(start.device)
         self.flat = nn.Parameter(start.clone() if self.places is None else start[self.places])
         self.descent = self._descent()
-        self.dropout = torch.Generator(device=start.device)
-        self.dropout.manual_seed(self.task.seed("dropout"))
+        self.generator = torch.Generator(device=start.device)  # of a plain member's dropout
+        self.generator.manual_seed(self.task.dropout_seed())
         self.draws, self.step, self.losses = self.task.batches(), 0, list[Tensor]()
 
     def _descent(self) -> PlainDescent | PrivateDescent:
@@ -169,7 +170,13 @@ class Trainee:
         if self.task.mechanism is None:
             return PlainDescent(self.flat, optimizer, self.task.settings.max_grad_norm, self.task.expected)
         assert self.task.expected is not None
-        return self.task.mechanism.descent(optimizer, self.task.expected, self.task.seed("noise"))
+        return self.task.mechanism.descent(optimizer, self.task.expected, self.task.noise())
+
+    def masks(self, records: np.ndarray, positions: int | None) -> Masks:
+        """Of this step's dropout for these examples, the longest of which has so many positions (None: all alike)."""
+        if self.task.key is None:
+            return ByPlace(self.generator, positions)
+        return ByRecord(self.task.derived("dropout"), self.step, records)
 
     def draw(self) -> np.ndarray:
         """The examples of the next step."""

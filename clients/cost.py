@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from clients.cohort import Member, train_together
-from clients.task import Task
+from clients.task import Task, simulated_key
 from clients.train import perform
 from fedlora import cache
 from fedlora.messages import rotation
@@ -87,13 +87,14 @@ def seconds(bench: Workbench, trains: str, size: int) -> float:
     model, examples, config = bench.model, bench.train, bench.config
     counted = sorted((len(bench.examples_of(client)[0]), client) for client in range(config.clients))
     indices, _ = bench.examples_of(counted[len(counted) // 2][1])
-    mechanism = None
+    mechanism = key = None
     if config.privacy.name == "record":
         from clients.private import Mechanism
 
         mechanism = Mechanism(1.0, config.privacy.clip)
+        key = simulated_key((config.seed, 0, 0), "", mechanism)  # what is drawn goes nowhere
     settings = dataclasses.replace(config.train, steps=STEPS, epochs=None)
-    tasks = [Task(indices, settings, trains, (1, 1), (config.seed, k, 0), mechanism) for k in range(size)]
+    tasks = [Task(indices, settings, trains, (1, 1), (config.seed, k, 0), mechanism, key) for k in range(size)]
     start, dense = model.initial("kaiming", config.seed), model.initial_head
     if "R" in trains:
         dense = dense | {rotation(layer): np.zeros((pair.rank, pair.rank), np.float32) for layer, pair in start.items()}

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from opacus.grad_sample import GradSampleHooks
 from opacus.optimizers import DPOptimizer
+from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
 from torch import Tensor, nn
 
 from fedlora import lowrank
@@ -23,10 +24,13 @@ from fedlora.check import RunError
 from fedlora.lowrank import Adapters, Pair
 from fedlora.messages import rotation
 from fedlora.models.adapted import AdaptedModel
-from fedlora.models.encode import Encoded
+from fedlora.models.dropout import ByRecord, dropped
+from fedlora.models.encode import Encoded, moved
 from fedlora.models.layout import Layout
+from fedlora.seeds import Stream
 
 UNBOUNDED = 1e30  # stands for an infinite clip, which Opacus would multiply by σ = 0
+GRID = 2**20  # steps, or up to twice as many, that the noise's standard deviation is divided into
 
 
 @dataclass(frozen=True)
@@ -36,23 +40,47 @@ class Mechanism:
     noise_multiplier: float  # σ; 0 clips only
     clip: float  # C, the bound on the norm of one record's gradient
 
-    def descent(self, optimizer: torch.optim.Optimizer, expected: float, seed: int) -> PrivateDescent:
+    def descent(self, optimizer: torch.optim.Optimizer, expected: float, noise: Stream) -> PrivateDescent:
         """Private steps of an optimiser over one flat parameter, divided by `expected` = q·n, whole or not.
 
-        `seed` is that of the client's and round's own stream of noise.
+        `noise` is the stream of this one training.
         """
         (flat,) = optimizer.param_groups[0]["params"]
-        generator = torch.Generator(device=flat.device)
-        generator.manual_seed(seed)
-        private = DPOptimizer(
+        return PrivateDescent(flat, NoisyOptimizer(optimizer, self, expected, noise))
+
+
+class NoisyOptimizer(DPOptimizer):
+    """Opacus' optimiser, which clips, adds up and divides; the noise is drawn from a `Stream` and added here.
+
+    Guarantee: what comes of a clipped sum is the sum plus N(0, (σC)²) in every coordinate, rounded to a public grid of
+    2⁻²⁰ to 2⁻²¹ σC. Sum and noise meet in float64, whose own grid is 2³⁰ times as fine. So the low bits of what is
+    released tell nothing of how noise or sum were rounded, by which floating-point noise can be taken off (Mironov, CCS
+    2012). σ = 0 adds nothing and rounds nothing.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, mechanism: Mechanism, expected: float, noise: Stream) -> None:
+        super().__init__(
             optimizer,
-            noise_multiplier=self.noise_multiplier,
-            max_grad_norm=min(self.clip, UNBOUNDED),
+            noise_multiplier=mechanism.noise_multiplier,
+            max_grad_norm=min(mechanism.clip, UNBOUNDED),
             expected_batch_size=expected,
             loss_reduction="mean",
-            generator=generator,
         )
-        return PrivateDescent(flat, private)
+        self.noise = noise
+
+    def add_noise(self) -> None:
+        """What Opacus' own does: the noisy sum is in `grad`, and the sum is marked as used."""
+        std = self.noise_multiplier * self.max_grad_norm
+        for parameter in self.params:
+            total = parameter.summed_grad
+            _check_processed_flag(total)
+            parameter.grad = self._noisy(total, std) if std else total.clone()
+            _mark_as_processed(total)
+
+    def _noisy(self, total: Tensor, std: float) -> Tensor:
+        noise = moved(torch.from_numpy(self.noise.standard_normal(tuple(total.shape))), total.device)
+        grid = 2.0 ** math.floor(math.log2(std)) / GRID
+        return noise.mul_(std).add_(total).div_(grid).round_().mul_(grid).to(total.dtype)
 
 
 @dataclass
@@ -141,18 +169,23 @@ class PrivateStep:
     parameters: list[nn.Parameter]
     descent: PrivateDescent
     physical: int
+    dropout: bytes  # 32, the key of this training's masks
+    step: int = 0
 
     def __call__(self, batch: np.ndarray, lr: float) -> Tensor:
         """Descend once; returns the losses of the records, shape (len(batch),), for diagnosis."""
         losses = []
         parts = [batch[start : start + self.physical] for start in range(0, len(batch), self.physical)]
         for number, part in enumerate(parts):
-            output = self.model.forward(self.examples.batch(part, self.model.device))
+            inputs = self.examples.batch(part, self.model.device)
+            with dropped(self.model.peft, ByRecord(self.dropout, self.step, part)):
+                output = self.model.forward(inputs)
             output.loss.backward()  # the mean over the part, which the hooks take apart again
             losses.append(output.loss.detach().expand(len(part)))
             self.descent.take(self._gradients(len(part)), lr, last=number == len(parts) - 1)
         if not parts:
             self.descent.take(self.descent.flat.new_zeros((0, len(self.descent.flat))), lr)
+        self.step += 1
         return torch.cat(losses) if losses else torch.zeros(0)
 
     def _gradients(self, records: int) -> Tensor:
@@ -192,11 +225,16 @@ def hooks(model: AdaptedModel) -> Iterator[None]:
 
 @contextmanager
 def hooked(
-    model: AdaptedModel, examples: Encoded, parameters: list[nn.Parameter], descent: PrivateDescent, physical: int
+    model: AdaptedModel,
+    examples: Encoded,
+    parameters: list[nn.Parameter],
+    descent: PrivateDescent,
+    physical: int,
+    dropout: bytes,
 ) -> Iterator[PrivateStep]:
     """A `PrivateStep`; Opacus' hooks sit in the model only as long as it lasts."""
     with hooks(model):
-        yield PrivateStep(model, examples, parameters, descent, physical)
+        yield PrivateStep(model, examples, parameters, descent, physical, dropout)
 
 
 def flatten(parameters: list[nn.Parameter]) -> nn.Parameter:

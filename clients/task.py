@@ -28,9 +28,12 @@ class Task:
     progress: tuple[int, int]  # (round from 1, rounds), for the learning rate's schedule
     streams: tuple[int, int, int]  # (run seed, client, round)
     mechanism: Mechanism | None = None  # what makes every step private
-    # A device's own seed, hidden from the server, and the number of the round in its own count, which never comes twice:
-    # they take the places of the run's seed and round in the streams that privacy rests on.
-    secret: tuple[int, int] | None = None
+    key: bytes | None = None  # 32 bytes of this training's own, that a private one's batches, noise and dropout come from
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a private task without a key, and for a key that nothing rests on."""
+        if (self.mechanism is None) != (self.key is None):
+            raise ValueError("a private task has a key of its own, and a plain one has none")
 
     @property
     def steps(self) -> int:
@@ -53,21 +56,30 @@ class Task:
         return self.rate * len(self.indices) if self.by_chance else None
 
     def batches(self) -> Iterator[np.ndarray]:
-        """The indices of every step's examples, from the stream (seed, batches, client, round)."""
-        rng = seeds.stream(*self._stream("batches"))
+        """The indices of every step's examples.
+
+        A private task draws them by its key, a plain one from the stream (seed, batches, client, round).
+        """
+        seed, client, round = self.streams
+        rng = seeds.stream(seed, "batches", client, round) if self.key is None else seeds.Stream(self.derived("batches"))
         if self.by_chance:
             return poisson(self.indices, self.rate, self.steps, rng)
+        assert isinstance(rng, np.random.Generator)
         return batches(self.indices, self.settings.batch_size, self.steps, rng)
 
-    def seed(self, purpose: str) -> int:
-        """The seed of this client's and round's stream of torch for `purpose` (noise, dropout)."""
-        return seeds.torch_seed(*self._stream(purpose))
+    def noise(self) -> seeds.Stream:
+        """The stream of a private task's noise, from its beginning."""
+        return seeds.Stream(self.derived("noise"))
 
-    def _stream(self, purpose: str) -> tuple[int, str, int, int]:
+    def derived(self, purpose: str) -> bytes:
+        """The key (32 bytes) of a private task's `purpose`: batches, noise or dropout."""
+        assert self.key is not None
+        return seeds.derive(self.key, purpose)
+
+    def dropout_seed(self) -> int:
+        """The seed of torch's generator for a plain task's dropout."""
         seed, client, round = self.streams
-        if self.secret is not None and purpose in ("batches", "noise"):
-            seed, round = self.secret
-        return seed, purpose, client, round
+        return seeds.torch_seed(seed, "dropout", client, round)
 
     def lr(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -99,6 +111,14 @@ class Task:
         return optimizer
 
 
+def simulated_key(streams: tuple[int, int, int], identity: str, mechanism: Mechanism) -> bytes:
+    """The key of one private training of a simulation: of (run seed, client, round), the run's identity, σ and C.
+
+    Whoever knows these knows all that is drawn. Runs that differ in any setting have unrelated batches and noise.
+    """
+    return seeds.private_key("training", *streams, identity, float(mechanism.noise_multiplier), float(mechanism.clip))
+
+
 def local_steps(settings: TrainConfig, examples: int) -> int:
     """Optimiser steps of a client with so many examples in one round."""
     if settings.epochs is not None:
@@ -112,7 +132,7 @@ def sampling_rate(batch_size: int, examples: int) -> float:
     return min(1.0, batch_size / examples)
 
 
-def poisson(indices: np.ndarray, rate: float, steps: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+def poisson(indices: np.ndarray, rate: float, steps: int, rng: np.random.Generator | seeds.Stream) -> Iterator[np.ndarray]:
     """`steps` batches that take each index with probability `rate`, independently; a batch may be empty.
 
     Guarantee: the sampling that the accountants of `fedlora.privacy` assume, with q exactly `rate`.

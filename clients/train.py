@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clients.task import Task
+from clients.task import Task, simulated_key
 from fedlora.config import TrainConfig
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.encode import Encoded
@@ -31,17 +31,18 @@ def train(
     """Train the named factors (and the head, if it is trained) on the client's examples, in place.
 
     `progress` is (round from 1, rounds), for the learning rate's schedule; `streams` is (run seed, client, round);
-    `mechanism` makes every step private. Returns the mean loss of the local steps and their number; with a mechanism also
-    the mean norm of single records' gradients and the share that was clipped. These are diagnostics of a simulation: they
-    are computed from private records and no ε covers them.
+    `mechanism` makes every step private, with the key of a simulation. Returns the mean loss of the local steps and their
+    number; with a mechanism also the mean norm of single records' gradients and the share that was clipped. These are
+    diagnostics of a simulation: they are computed from private records and no ε covers them.
     """
-    return perform(Task(indices, settings, trains, progress, streams, mechanism), model, examples)
+    key = None if mechanism is None else simulated_key(streams, "", mechanism)
+    return perform(Task(indices, settings, trains, progress, streams, mechanism, key), model, examples)
 
 
 def perform(task: Task, model: AdaptedModel, examples: Encoded) -> dict[str, float]:
     """One client by itself, in place: the plain path, which `clients.cohort` must agree with. Returns what `train` does."""
     with torch.random.fork_rng():  # dropout draws from torch's global generator
-        torch.manual_seed(task.seed("dropout"))
+        torch.manual_seed(task.dropout_seed())
         losses, diagnosis = (plain if task.mechanism is None else private)(task, model, examples)
     return {"loss": mean(losses), "steps": float(task.steps)} | diagnosis
 
@@ -53,9 +54,9 @@ def private(task: Task, model: AdaptedModel, examples: Encoded) -> tuple[list[Te
     assert task.mechanism is not None and task.expected is not None
     parameters, sent = model.trainable(task.trains), model.adapters()
     model.train_mode()
-    descent = task.mechanism.descent(task.optimizer([flatten(parameters)]), task.expected, task.seed("noise"))
+    descent = task.mechanism.descent(task.optimizer([flatten(parameters)]), task.expected, task.noise())
     physical = task.settings.physical_batch_size or len(task.indices)
-    with hooked(model, examples, parameters, descent, physical) as descend:
+    with hooked(model, examples, parameters, descent, physical, task.derived("dropout")) as descend:
         losses = [descend(batch, task.lr(step)) for step, batch in enumerate(task.batches())]
     return losses, descent.diagnose(Layout.of(sent, model.dense(), task.trains), sent, model.scale_written)
 

@@ -8,7 +8,6 @@ those of every other group may, and the two never mix in one group.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from dataclasses import dataclass, field
 from typing import Any
@@ -244,10 +243,10 @@ class Config:
 
     @property
     def identity(self) -> str:
-        """What can change a number, as a digest. A minimal version: helper streams writes it, to be dropped at the merge."""
-        own = {"engine", "checkpoint", "name", "results", "overwrite", "plan", "save_merged"}
-        values = {key: value for key, value in dataclasses.asdict(self).items() if key not in own}
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        """A digest of every setting that can change a number: the same in any process, on any engine, after a resume."""
+        from fedlora.identity import digest  # knows the strategies, whose settings have defaults too; they load Flower
+
+        return digest(self)
 
     def checked(self) -> Config:
         """This configuration, if its values are possible together; raises ConfigError with one sentence otherwise."""

@@ -30,29 +30,15 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-import strategies
 from fedlora import disk, folder
 from fedlora.check import ConfigError, RunError
-from fedlora.config import Config, from_dict, settings
+from fedlora.config import Config, from_dict
 from fedlora.environment import environment
 from fedlora.folder import ADAPTER, CHECKPOINTS, CONFIG, CURVES, ENV, FOLDERS, LOCK, MERGED, PRIVACY, ROUNDS, SUMMARY
+from fedlora.identity import flat, identifies
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system that has none
 PATIENCE = 5.0  # seconds for a run that was killed: the workers in which its cells are end some time after it
-# Settings that cannot change a number.
-_NOT_IDENTITY = ("engine.", "checkpoint.", "name", "results", "overwrite", "plan", "save_merged")
-
-
-def flat(config: Config) -> dict[str, Any]:
-    """Every setting by its dotted name, the strategy's own with their defaults filled in."""
-    values = dataclasses.asdict(config)
-    rows = {}
-    for name, _, _ in settings():
-        group, _, key = name.rpartition(".")
-        rows[name] = values[group][key] if group else values[name]
-    chosen = rows.pop("strategy")
-    own = {key: p.default for key, p in strategies.settings(chosen["name"]).items()}
-    return {"strategy.name": chosen["name"]} | {f"strategy.{k}": chosen.get(k, d) for k, d in own.items()} | rows
 
 
 def changed(config: Config) -> dict[str, Any]:
@@ -69,11 +55,6 @@ def run_name(config: Config) -> str:
             text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
             parts.append(f"{key.removesuffix('.name')}={text}")
     return folder_name(",".join(parts))
-
-
-def identifies(setting: str) -> bool:
-    """Whether a setting can change a number, so that it belongs to what a run is."""
-    return not setting.startswith(_NOT_IDENTITY)
 
 
 def folder_name(text: str) -> str:

@@ -218,6 +218,11 @@ def _check_privacy(config: Config) -> None:
             f"train.max_grad_norm={config.train.max_grad_norm} clips whole batches, which bounds no record's part; "
             "with privacy=record set it to null and use privacy.clip"
         )
+    if config.model.dropout:
+        raise ConfigError(
+            "model.dropout=true draws masks for places in a batch, so that one record moves the gradients of others; "
+            "with privacy=record set it to false (adapter.dropout works, record by record)"
+        )
 
 
 def _check_data(config: Config) -> None:

@@ -51,6 +51,11 @@ class Workbench:
         """The model with factors by example."""
         return _rows(_resident(self.config), self.config.engine.prefix_cache)
 
+    @cached_property
+    def identity(self) -> str:
+        """That of the experiment, for the keys of all its clients."""
+        return self.config.identity
+
     def examples_of(self, client: int) -> tuple[np.ndarray, np.ndarray]:
         """The indices that a client trains on and those that it holds back."""
         return partition.holdout(self.shards[client], self.config.evaluate.holdout, self.config.seed, client)

@@ -26,7 +26,8 @@ ALLOWED = {
     "fedlora.sums": {"fedlora.messages"},
     "fedlora.participation": {"fedlora.seeds"},
     "fedlora.validate": {"fedlora.check", "fedlora.data", "fedlora.models", "fedlora.secure"},
-    "fedlora.config": {"fedlora.check", "fedlora.validate"},
+    "fedlora.config": {"fedlora.check", "fedlora.identity", "fedlora.validate"},
+    "fedlora.identity": {"strategies"},
     "fedlora.data": {"fedlora.check", "fedlora.seeds", "fedlora.config"},
     "fedlora.models": {
         "fedlora.check",
@@ -67,6 +68,7 @@ ALLOWED = {
         "fedlora.cli",
         "fedlora.models",
         "fedlora.privacy.refusals",
+        "fedlora.seeds",
         "fedlora.workbench",
         "clients",
     },

@@ -9,9 +9,11 @@ import torch
 from opacus.optimizers import DPOptimizer
 from scipy import stats
 
-from clients.private import PrivateStep
+from clients.private import NoisyOptimizer, PrivateStep
+from clients.task import simulated_key
 from fedlora import seeds
 from fedlora.check import ConfigError
+from fedlora.privacy import audit as privacy_audit
 from fedlora.privacy.audit import Settings, audit, lower_bound, main, p_value, parse
 
 ALONE = Settings(clients=300, canaries=300, sample_rate=0.1, steps=8)  # a canary a client: four batches of five are empty
@@ -35,14 +37,14 @@ def no_clipping(patch) -> None:
 
 
 def noise_divided_by_the_batch(patch) -> None:
-    real = DPOptimizer.add_noise
+    real = NoisyOptimizer.add_noise
 
     def faint(self) -> None:
         sigma, self.noise_multiplier = self.noise_multiplier, self.noise_multiplier / self.expected_batch_size
         real(self)
         self.noise_multiplier = sigma
 
-    patch.setattr(DPOptimizer, "add_noise", faint)
+    patch.setattr(NoisyOptimizer, "add_noise", faint)
 
 
 def clipping_of_the_mean(patch) -> None:
@@ -59,23 +61,21 @@ def clipping_of_the_mean(patch) -> None:
 
 
 def same_noise_in_every_step(patch) -> None:
-    real = DPOptimizer.add_noise
+    real = NoisyOptimizer.add_noise
 
     def again(self) -> None:
-        self.generator.manual_seed(7)
+        self.noise = seeds.Stream(bytes(32))
         real(self)
 
-    patch.setattr(DPOptimizer, "add_noise", again)
+    patch.setattr(NoisyOptimizer, "add_noise", again)
 
 
 def same_noise_in_every_round(patch) -> None:
-    real = seeds.torch_seed
-    patch.setattr(seeds, "torch_seed", lambda seed, purpose, client, round: real(seed, purpose, client, 0))
+    patch.setattr(privacy_audit, "simulated_key", lambda streams, *rest: simulated_key((*streams[:2], 0), *rest))
 
 
 def same_noise_for_every_client(patch) -> None:
-    real = seeds.torch_seed
-    patch.setattr(seeds, "torch_seed", lambda seed, purpose, client, round: real(seed, purpose, 0, round))
+    patch.setattr(privacy_audit, "simulated_key", lambda streams, *rest: simulated_key((streams[0], 0, streams[2]), *rest))
 
 
 def skipped_empty_batches(patch) -> None:

@@ -15,7 +15,7 @@ import strategies
 from clients import cohort
 from clients.cohort import Cohort, Member, Trained, train_together
 from clients.private import Mechanism
-from clients.task import Task
+from clients.task import Task, simulated_key
 from clients.train import perform
 from fedlora import engines, experiment, messages, workbench
 from fedlora.config import AdapterConfig, ModelConfig, TrainConfig
@@ -100,9 +100,10 @@ def factors(model: AdaptedModel, seed: int = 0):
 
 def members(model: AdaptedModel, shards=SHARDS, settings=STEPS, trains="AB", mechanism=None, start=0) -> list[Member]:
     ends = np.cumsum(shards)
+    keys = [mechanism and simulated_key((0, client, 1), "", mechanism) for client in range(len(shards))]
     return [
         Member(
-            Task(np.arange(end - size, end), settings, trains, (1, 2), (0, client, 1), mechanism),
+            Task(np.arange(end - size, end), settings, trains, (1, 2), (0, client, 1), mechanism, keys[client]),
             factors(model, start),
             model.initial_head if model.trains_head else {},
             model.scale,
@@ -245,7 +246,7 @@ def test_members_may_differ_in_everything_but_the_examples(make, mechanism) -> N
         change(second, trains="A", streams=(5, 1, 1), steps=1),
         change(third, adapters=factors(model, 9), progress=(2, 2), schedule="linear"),
         change(fourth, trains="B", batch_size=3, steps=5, dense={n: a + 0.1 for n, a in fourth.dense.items()}),
-        change(fifth, mechanism=None, momentum=0.9, sampling="poisson"),  # one without privacy among private ones
+        change(fifth, mechanism=None, key=None, momentum=0.9, sampling="poisson"),  # one without privacy among private ones
     ]
     check(model, examples, team)
 

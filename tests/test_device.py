@@ -10,8 +10,9 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+from clients.private import Mechanism
 from clients.task import Task
-from fedlora import data, experiment, messages, plan, seeds, workbench
+from fedlora import data, experiment, messages, plan, workbench
 from fedlora.check import ConfigError, RunError
 from fedlora.config import Config, DatasetConfig, TrainConfig
 from fedlora.deploy import client, launch, preview, server
@@ -92,18 +93,17 @@ def test_two_clients_cannot_share_a_ledger(account) -> None:
         Account(account.folder, LIMITS)
 
 
-def test_noise_and_batches_come_from_the_device_and_never_twice() -> None:
-    own = {
-        (secret, serial): Task(np.arange(50), TrainConfig(), "B", (1, 3), (0, 2, 1), None, (secret, serial))
-        for secret in (5, 6)
-        for serial in (1, 2)
-    }
-    assert len({task.seed("noise") for task in own.values()}) == 4
-    assert len({tuple(map(tuple, task.batches())) for task in own.values()}) == 4
-    assert {task.seed("dropout") for task in own.values()} == {seeds.torch_seed(0, "dropout", 2, 1)}
-    usual = Task(np.arange(50), TrainConfig(), "B", (1, 3), (0, 2, 1))
-    injected = Task(np.arange(50), TrainConfig(), "B", (1, 3), (0, 2, 1), None, (0, 1))
-    assert usual.seed("noise") == injected.seed("noise")
+def test_batches_noise_and_dropout_come_from_the_key_that_a_device_is_given() -> None:
+    keys, mechanism = [bytes([k]) * 32 for k in range(3)], Mechanism(1.0, 1.0)
+    own = [Task(np.arange(50), TrainConfig(), "B", (1, 3), (0, 2, 1), mechanism, key) for key in keys]
+    assert len({tuple(task.noise().standard_normal(3)) for task in own}) == 3
+    assert len({tuple(map(tuple, task.batches())) for task in own}) == 3
+    assert len({task.derived(purpose) for task in own for purpose in ("batches", "noise", "dropout")}) == 9
+    elsewhere = Task(np.arange(50), TrainConfig(), "B", (2, 3), (7, 5, 2), mechanism, keys[0])  # nothing of the server's
+    assert np.array_equal(elsewhere.noise().standard_normal(3), own[0].noise().standard_normal(3))
+    for missing in ({"mechanism": mechanism}, {"key": keys[0]}):
+        with pytest.raises(ValueError, match="a private task has a key of its own"):
+            Task(np.arange(50), TrainConfig(), "B", (1, 3), (0, 2, 1), **missing)
 
 
 # ---- what is asked of it

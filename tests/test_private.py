@@ -4,13 +4,17 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
+from clients.cohort import Member, train_together
 from clients.private import Mechanism
-from clients.task import poisson, sampling_rate
-from clients.train import train
+from clients.task import Task, poisson, sampling_rate, simulated_key
+from clients.train import perform, train
 from fedlora import seeds, workbench
+from fedlora.check import RunError
 from fedlora.config import TrainConfig
+from fedlora.models.dropout import ByRecord
 
 
 @pytest.fixture
@@ -18,9 +22,21 @@ def bench(small):
     return workbench.build(small(adapter__train_head=True))
 
 
+@pytest.fixture
+def plain_draws(monkeypatch) -> None:
+    """Private batches drawn as plain ones, so that the two can be compared."""
+
+    def drawn(task):
+        settings = dataclasses.replace(task.settings, sampling="poisson")
+        return usual(dataclasses.replace(task, mechanism=None, key=None, settings=settings))
+
+    usual = Task.batches
+    monkeypatch.setattr(Task, "batches", lambda task: drawn(task) if task.mechanism else usual(task))
+
+
 def run(bench, mechanism, trains="B", indices=None, streams=(0, 0, 1), start=None, **settings):
     """The change of every trained array over one client's local training, by name, and what was measured."""
-    start = start or {name: pair._replace(B=pair.B + 0.01) for name, pair in bench.model.initial("kaiming", 0).items()}
+    start = start or start_of(bench)
     bench.model.write(start, bench.model.initial_head)
     indices = bench.shards[0] if indices is None else indices
     settings = {"steps": 1, "batch_size": 8, "lr": 1.0} | settings
@@ -29,6 +45,15 @@ def run(bench, mechanism, trains="B", indices=None, streams=(0, 0, 1), start=Non
     moved |= {f"{n}.B": p.B - start[n].B for n, p in bench.model.adapters().items()}
     moved |= {n: array - bench.model.initial_head[n] for n, array in bench.model.dense().items()}
     return moved, measured
+
+
+def start_of(bench):
+    return {name: pair._replace(B=pair.B + 0.01) for name, pair in bench.model.initial("kaiming", 0).items()}
+
+
+def vector(adapters, dense) -> np.ndarray:
+    arrays = [array for name in sorted(adapters) for array in adapters[name]] + [dense[name] for name in sorted(dense)]
+    return np.concatenate([array.ravel() for array in arrays]).astype(np.float64)
 
 
 def length(moved) -> float:
@@ -53,6 +78,65 @@ def test_without_noise_one_record_moves_the_sum_by_at_most_the_clip(bench, train
         without, _ = run(bench, Mechanism(0.0, clip), trains, rest, **settings | {"batch_size": 11})
         changes.append(length({name: 12 * whole[name] - 11 * without[name] for name in whole}))
     assert 0.99 * clip < max(changes) <= clip * (1 + 1e-3)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["alone", "fused"])
+@pytest.mark.parametrize("physical", [None, 3])
+def test_with_dropout_one_record_moves_the_sum_by_at_most_the_clip(small, fused, physical) -> None:
+    """The server may know every mask: one that moves to another record when one is missing moves many gradients."""
+    bench = workbench.build(small(adapter__train_head=True, adapter__dropout=0.5))
+    everyone, clip, start = bench.shards[0][:12], 0.05, start_of(bench)
+
+    def total(indices) -> np.ndarray:
+        """The clipped sum of a client's step; fused, another one shares its pass."""
+        settings = TrainConfig(steps=1, batch_size=len(indices), lr=1.0, physical_batch_size=physical)
+        mechanism, key = Mechanism(0.0, clip), bytes(32)
+        task = Task(indices, settings, "AB", (1, 1), (0, 0, 1), mechanism, key)
+        if fused:
+            other = Task(bench.shards[1][:5], settings, "AB", (1, 1), (0, 1, 1), mechanism, bytes(31) + b"1")
+            team = [Member(each, start, bench.model.initial_head, bench.model.scale) for each in (other, task)]
+            ends = train_together(bench.rows, bench.train, team)
+            return len(indices) * (vector(ends[1].adapters, ends[1].dense) - vector(start, bench.model.initial_head))
+        bench.model.write(start, bench.model.initial_head)
+        perform(task, bench.model, bench.train)
+        moved = vector(bench.model.adapters(), bench.model.dense()) - vector(start, bench.model.initial_head)
+        return len(indices) * moved
+
+    whole = total(everyone)
+    changes = [np.linalg.norm(whole - total(np.delete(everyone, left_out))) for left_out in range(4)]
+    assert 0.99 * clip < max(changes) <= clip * (1 + 1e-3)
+
+
+def test_masks_are_a_records_own(bench) -> None:
+    """Not those of its batch mates, its place, its padding; and each step, call and key has others."""
+
+    def masks(records, step=0, call=1, positions=4, key=bytes(32)) -> np.ndarray:
+        mask = torch.zeros(len(records), positions, 50)
+        ByRecord(key, step, np.array(records)).fill(mask, 0.25, call)
+        return mask.numpy()
+
+    usual = masks([3, 8, 5])
+    assert np.array_equal(masks([5, 3]), usual[[2, 0]])
+    assert np.array_equal(masks([8], positions=6)[:, :4], usual[[1]])
+    others = [masks([3], step=1), masks([3], call=2), masks([3], key=b"1" * 32), usual[[1]]]
+    for other in others:
+        assert abs(np.corrcoef(other.ravel(), usual[0].ravel())[0, 1]) < 0.3
+    many = masks(range(200))
+    assert set(np.unique(many)) == {0.0, 1.0} and many.mean() == pytest.approx(0.75, abs=0.01)
+    with pytest.raises(RunError, match="a layer sees 2 rows for 3 records"):
+        ByRecord(bytes(32), 0, np.arange(3)).fill(torch.zeros(2, 5), 0.5, 1)
+
+
+def test_dropout_acts_in_private_steps_and_a_step_has_its_own_masks(small) -> None:
+    bench = workbench.build(small(adapter__dropout=0.5))
+    indices, mechanism = bench.shards[0][:8], Mechanism(0.0, 1e9)
+    dropped, again = (run(bench, mechanism, "B", indices, batch_size=8)[0] for _ in range(2))
+    other, _ = run(bench, mechanism, "B", indices, batch_size=8, streams=(0, 0, 2))
+    bench = workbench.build(small(adapter__dropout=0.0))
+    whole, _ = run(bench, mechanism, "B", indices, batch_size=8)
+    assert np.array_equal(flat(dropped), flat(again))
+    for moved in (other, whole):
+        assert not np.allclose(flat(dropped), flat(moved), rtol=0.05)
 
 
 def test_with_no_noise_and_no_bound_it_is_plain_gradient_descent(bench) -> None:
@@ -83,6 +167,28 @@ def test_noise_is_of_one_client_and_one_round(bench) -> None:
     assert np.array_equal(again, noise[0, 0, 1])
     correlations = np.corrcoef(list(noise.values())) - np.eye(4)
     assert np.abs(correlations).max() < 0.05  # 4.5 standard deviations over 8,842 coordinates
+
+
+def test_noise_does_not_repeat_where_32_bits_of_a_seed_do(bench) -> None:
+    """The low half of these two seeds of torch is the same, which is all that its generator takes on a CPU."""
+    twins = ((0, 212, 153), (0, 479, 41))
+    assert len({seeds.torch_seed(seed, "noise", *rest) % 2**32 for seed, *rest in twins}) == 1
+    noise = [flat(run(bench, Mechanism(1.0, 1.0), "AB", bench.shards[0][:1], t, batch_size=1e-9)[0]) for t in twins]
+    assert abs(np.corrcoef(noise)[0, 1]) < 5 / np.sqrt(noise[0].size)
+
+
+@pytest.mark.parametrize("std", [0.3, 8.0, 1e-4])
+def test_what_is_released_is_on_a_public_grid(std) -> None:
+    """Whatever the clipped sum: its own low bits are gone, and so are those of the noise."""
+    grid = 2.0 ** np.floor(np.log2(std)) * 2.0**-20
+    for total in (0.0, std * np.pi, -3e-9):
+        flat = torch.nn.Parameter(torch.zeros(5000))
+        descent = Mechanism(std, 1.0).descent(torch.optim.SGD([flat], lr=1.0), 1.0, seeds.Stream(bytes(32)))
+        flat.summed_grad = torch.full((5000,), total)
+        descent.optimizer.add_noise()
+        released = flat.grad.double().numpy()
+        assert np.array_equal(released, np.round(released / grid) * grid)
+        assert stats.kstest((released - total) / std, "norm").pvalue > 1e-3
 
 
 def test_micro_batches_and_the_order_of_records_change_nothing(bench) -> None:
@@ -121,14 +227,16 @@ def test_the_rate_of_a_small_client_is_one(batch, examples, rate) -> None:
 def test_the_rate_is_used_exactly_and_not_rounded_to_a_batch_size(bench) -> None:
     """Opacus' own loader truncates the expected batch size: here 7 of 12 stays 7, and 2.5 would stay 2.5."""
     indices = bench.shards[0][:12]
-    quiet, _ = run(bench, Mechanism(0.0, 0.01), "B", indices, batch_size=2.5)
-    drawn = next(poisson(indices, 2.5 / 12, 1, seeds.stream(0, "batches", 0, 1)))
+    quiet, _ = run(bench, Mechanism(0.0, 0.01), "B", indices, streams=(0, 0, 3), batch_size=2.5)
+    key = simulated_key((0, 0, 3), "", Mechanism(0.0, 0.01))
+    drawn = next(poisson(indices, 2.5 / 12, 1, seeds.Stream(seeds.derive(key, "batches"))))
+    assert len(drawn)
     alone = [flat(run(bench, Mechanism(0.0, 0.01), "B", np.array([index]), batch_size=1)[0]) for index in drawn]
     np.testing.assert_allclose(flat(quiet), np.sum(alone, axis=0) / 2.5, rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize("physical", [None, 4])
-def test_without_noise_and_bound_private_steps_are_those_of_poisson_sampling(bench, physical) -> None:
+def test_without_noise_and_bound_private_steps_are_those_of_poisson_sampling(bench, physical, plain_draws) -> None:
     settings = {"steps": 6, "batch_size": 3, "sampling": "poisson", "physical_batch_size": physical}
     private, _ = run(bench, Mechanism(0.0, 1e9), "AB", **settings)
     plain, _ = run(bench, None, "AB", **settings)

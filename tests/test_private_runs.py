@@ -10,13 +10,14 @@ from flwr.app import ConfigRecord
 
 import strategies
 from clients.private import Mechanism
+from clients.task import Task, simulated_key
 from fedlora import cli, engines, experiment, lowrank, messages, plan, records, workbench
 from fedlora.config import Config
 from fedlora.privacy.accounting import epsilon
 from tests.conftest import ROOT
 from tests.test_experiment import rows_of
 from tests.test_models import bert  # noqa: F401 (fixture)
-from tests.test_private import flat, run
+from tests.test_private import flat, plain_draws, run  # noqa: F401 (fixture)
 from tests.test_selftest import own, reviews  # noqa: F401 (fixture)
 
 LEVELS = {
@@ -88,7 +89,7 @@ def test_every_strategy_trains_privately_in_every_way(small, name, level) -> Non
 
 @pytest.mark.parametrize("clip", [1e30, math.inf])
 @pytest.mark.parametrize("name", ["fedavg", "fedsvd"])
-def test_without_noise_and_bound_a_private_run_is_one_with_poisson_sampling(small, name, clip) -> None:
+def test_without_noise_and_bound_a_private_run_is_one_with_poisson_sampling(small, name, clip, plain_draws) -> None:  # noqa: F811
     usual = {"strategy": {"name": name}, "adapter__train_head": True, "train__lr": 0.1, "train__physical_batch_size": 5}
     open_, shuffled = small(**usual, train__sampling="poisson"), small(**usual)
     private = small(**usual, privacy__name="record", privacy__noise_multiplier=0.0, privacy__clip=clip)
@@ -103,6 +104,62 @@ def test_without_noise_and_bound_a_release_is_the_uniform_mean(small, sampling) 
     experiment.run(config, 0.0)
     rows = rows_of(config)
     assert all(row["updates_clipped"] == 0 and row["epsilon_max"] is None for row in rows[1:])
+
+
+# ---- the streams of a simulation
+
+
+def sent(cell: Config) -> np.ndarray:
+    """What the one client of a round of FFA-LoRA has trained, as one vector."""
+    bench, strategy = workbench.build(cell), experiment.make_strategy(cell)
+    state, guard = experiment.initial_state(bench, strategy), plan.guard(bench)
+    job = ConfigRecord({messages.EXPERIMENT: cell.to_json(), messages.NOISE: guard.noise_multipliers})
+    arrays, engine = messages.pack(state.adapters, state.dense), engines.make(cell)
+    engine.run(lambda grid: strategy.start(grid, arrays, 1, train_config=job))
+    engine.close()
+    trained = [strategy.state.adapters[name].B for name in bench.model.layers] + [*strategy.state.dense.values()]
+    return np.concatenate([array.ravel() for array in trained]).astype(float)
+
+
+ONE_CLIENT = {
+    "privacy__name": "record", "privacy__accountant": "rdp", "privacy__noise_multiplier": 1.0, "strategy": {"name": "ffa_lora"},
+    "rounds": 1, "clients_per_round": 1, "train__steps": 1, "adapter__train_head": True,
+}  # fmt: skip
+
+
+def test_cells_that_differ_in_one_setting_share_no_noise(small) -> None:
+    """Each record is taken in every step, so that nothing but the noise differs between a cell and the one without."""
+    usual = ONE_CLIENT | {"train__batch_size": 10_000}
+
+    def noise(**change) -> np.ndarray:
+        silent = {"privacy__noise_multiplier": 0.0, "privacy__epsilon": None}
+        return sent(small(**usual | change)) - sent(small(**usual | change | silent))
+
+    budgets = [{"privacy__noise_multiplier": None, "privacy__epsilon": budget} for budget in (1.0, 6.0)]
+    others = [{"strategy": {"name": "ffa_lora", "init": "orthonormal"}}, {"evaluate__every": 2}, {"round_timeout": 99.0}]
+    cells = np.stack([noise(**change) for change in [*budgets, *others, {}]])
+    correlations = np.corrcoef(cells) - np.eye(len(cells))
+    assert np.abs(correlations).max() < 5 / np.sqrt(cells.shape[1])
+    assert np.array_equal(noise(strategy={"name": "ffa_lora", "init": "kaiming"}), cells[-1])  # the default, spelt out
+
+
+def test_cells_that_differ_in_the_budget_share_no_batches(small) -> None:
+    usual = ONE_CLIENT | {"privacy__noise_multiplier": 1.0, "train__batch_size": 8}
+    drawn = []
+    for budget in (1.0, 6.0):
+        bench = workbench.build(small(**usual, privacy__epsilon=budget))
+        key = simulated_key((0, 0, 1), bench.identity, Mechanism(1.0, 1.0))
+        drawn.append(
+            list(Task(bench.shards[0], bench.config.train, "B", (1, 1), (0, 0, 1), Mechanism(1.0, 1.0), key).batches())
+        )
+    assert not all(np.array_equal(one, other) for one, other in zip(*drawn, strict=True))
+
+
+@pytest.mark.parametrize(
+    "same", [{"engine__name": "ray", "engine__workers": 1}, {"checkpoint__every": 0}, {"name": "x"}], ids=str
+)
+def test_where_and_under_which_name_a_run_is_changes_no_noise(small, same) -> None:
+    assert np.array_equal(sent(small(**ONE_CLIENT)), sent(small(**ONE_CLIENT | same)))
 
 
 # ---- the mechanism
@@ -152,6 +209,11 @@ PRIVATE = ("engine=inline", "device=cpu", "clients=4", "clients_per_round=2", "r
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
+        (
+            ("privacy=record", "privacy.epsilon=6", "model.dropout=true"),
+            "model.dropout=true draws masks for places in a batch, so that one record moves the gradients of others; with "
+            "privacy=record set it to false (adapter.dropout works, record by record)",
+        ),
         (("privacy=record", "privacy.epsilon=0"), "privacy.epsilon=0.0 is out of range; it must be above 0"),
         (("privacy=record", "privacy.epsilon=-1"), "privacy.epsilon=-1.0 is out of range; it must be above 0"),
         (("privacy=user", "privacy.epsilon=nan"), "privacy.epsilon=nan is out of range; it must be above 0"),

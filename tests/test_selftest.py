@@ -13,7 +13,9 @@ from PIL import Image
 from torch import nn
 
 from clients import bounded
-from fedlora import cli, seeds, workbench
+from clients.private import NoisyOptimizer
+from clients.task import simulated_key
+from fedlora import cli, workbench
 from fedlora.models.rows import Rows
 from fedlora.privacy import selftest
 from tests.conftest import ROOT
@@ -254,35 +256,34 @@ def test_without_clipping_the_bound_fails(bench, monkeypatch, capsys) -> None:
 
 
 def test_noise_divided_by_the_batch_fails(bench, monkeypatch, capsys) -> None:
-    add = DPOptimizer.add_noise
+    add = NoisyOptimizer.add_noise
 
     def less(self):
         self.noise_multiplier /= 8
         add(self)
 
-    monkeypatch.setattr(DPOptimizer, "add_noise", less)
+    monkeypatch.setattr(NoisyOptimizer, "add_noise", less)
     assert failed(bench, capsys) == {"noise"}
 
 
 @pytest.mark.parametrize("forgotten", ["client", "round"])
-def test_a_noise_seed_that_is_used_twice_fails(bench, monkeypatch, capsys, forgotten) -> None:
-    seed = seeds.torch_seed
+def test_a_key_that_is_used_twice_fails(bench, monkeypatch, capsys, forgotten) -> None:
+    def same(streams, *rest):
+        seed, client, round = streams
+        return simulated_key((seed, 0 if forgotten == "client" else client, 0 if forgotten == "round" else round), *rest)
 
-    def same(run, purpose, client=0, round=0):
-        return seed(run, purpose, 0 if forgotten == "client" else client, 0 if forgotten == "round" else round)
-
-    monkeypatch.setattr(seeds, "torch_seed", same)
+    monkeypatch.setattr("clients.train.simulated_key", same)
     assert failed(bench, capsys) == {"noise"}
 
 
 def test_empty_batches_without_noise_fail(bench, monkeypatch, capsys) -> None:
-    add = DPOptimizer.add_noise
+    add = NoisyOptimizer.add_noise
 
     def skip(self):
         self.noise_multiplier *= self.expected_batch_size >= 1
         add(self)
 
-    monkeypatch.setattr(DPOptimizer, "add_noise", skip)
+    monkeypatch.setattr(NoisyOptimizer, "add_noise", skip)
     assert failed(bench, capsys) == {"noise"}
 
 

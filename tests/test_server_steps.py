@@ -171,7 +171,7 @@ def test_in_private_steps_the_term_is_added_after_clip_and_noise(small) -> None:
     config = small(train__proximal=1.0, train__lr=0.25, train__steps=2)
     bench = workbench.build(config)
     settings = replace(config.train, batch_size=8)
-    task = Task(np.arange(8), settings, "B", (1, 1), (0, 0, 1), Mechanism(0.0, 1e-8))
+    task = Task(np.arange(8), settings, "B", (1, 1), (0, 0, 1), Mechanism(0.0, 1e-8), bytes(32))
     begun = bench.model.initial("kaiming", 0)
     bench.model.write(begun, {})
     optimizer = task.optimizer([torch.nn.Parameter(torch.ones(2))])

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from flwr.app import ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict, UserConfig
 
-from clients.app import SECRET, SERIAL, app
+from clients.app import KEY, app
 from clients.start import LASTING
 from clients.task import local_steps, sampling_rate
-from fedlora import messages, workbench
+from fedlora import messages, seeds, workbench
 from fedlora.check import RunError
 from fedlora.config import CheckpointConfig, Config, DatasetConfig, EngineConfig, PartitionConfig
 from fedlora.data import partition
@@ -113,7 +113,7 @@ class Device:
         sigma = float(job[messages.NOISE][self.own.client])  # type: ignore[index]
         serial = self.account.admit({"run": run, "round": round, "clip": config.privacy.clip}, sigma, rate, steps)
         self.say(f"round {round}: {steps} steps with σ = {sigma:.4g}; with it ε = {self.account.spent:.4g} is spent")
-        return {SECRET: self.account.secret, SERIAL: serial}
+        return {KEY: seeds.derive(bytes.fromhex(self.account.secret), serial).hex()}
 
 
 def identity(job: ConfigRecord) -> str:

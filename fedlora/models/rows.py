@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fedlora.messages import rotation
 from fedlora.models.adapted import AdaptedModel
+from fedlora.models.dropout import Masks
 from fedlora.models.encode import Encoded
 from fedlora.models.readout import Readout
 
@@ -26,12 +27,11 @@ Key = tuple[str, str]  # (layer, "A" or "B"), or (name of a dense array, "")
 
 
 class Span(NamedTuple):
-    """The neighbouring rows of one client, for its own dropout."""
+    """The neighbouring rows of one client, and the masks of its own dropout."""
 
     start: int
     stop: int
-    positions: int | None  # of the longest of its examples; None: all
-    generator: torch.Generator
+    masks: Masks
 
 
 class Rows:
@@ -42,6 +42,7 @@ class Rows:
         self.factors: Mapping[Key, Tensor] = {}
         self.scale: float | Tensor = model.scale
         self.spans: Sequence[Span] = ()
+        self.calls = 0  # of adapters in this pass, whose masks have been drawn
         self._dropouts: list[nn.Module] = []
         self._forwards: dict[nn.Module, Callable[..., Tensor]] = {}
         self.readout = Readout(model, examples)
@@ -104,7 +105,7 @@ class Rows:
         Factors (N, r, n) and (N, m, r), an array of the head (N, …), a factor that all examples share without the N; scale a
         number or (N, 1, 1). No spans: no dropout.
         """
-        self.factors, self.scale, self.spans = factors, scale, spans
+        self.factors, self.scale, self.spans, self.calls = factors, scale, spans, 0
 
     def logits(self, batch: dict[str, Tensor]) -> Tensor:
         """The logits (N, classes) of a batch, its labels left aside, float32."""
@@ -151,8 +152,8 @@ class Rows:
         return x.reshape(examples, -1, x.shape[-1])
 
     def _mask(self, x: Tensor, share: float) -> Tensor:
-        """Dropout's mask, each client's part drawn from its own generator in the shape it has by itself: 0 or 1/(1 − share)."""
-        mask = x.new_zeros(x.shape)
-        for start, stop, positions, generator in self.spans:
-            mask[start:stop, :positions].bernoulli_(1 - share, generator=generator)
+        """Dropout's mask, each client's part as it would be by itself: 0 or 1/(1 − share)."""
+        mask, self.calls = x.new_zeros(x.shape), self.calls + 1
+        for start, stop, masks in self.spans:
+            masks.fill(mask[start:stop], share, self.calls)
         return mask.div_(1 - share)

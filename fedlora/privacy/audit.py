@@ -36,7 +36,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from clients.private import Mechanism, flatten, hooked
-from clients.task import Task, poisson
+from clients.task import Task, poisson, simulated_key
 from fedlora import check, seeds
 from fedlora.check import ConfigError
 from fedlora.config import TrainConfig
@@ -175,11 +175,13 @@ def _descent(settings: Settings, client: int, owned: np.ndarray, coins: np.ndarr
     flat = flatten(parameters)
     weights, total = flat.detach().numpy(), np.zeros(settings.canaries)  # weights: as they are, not a copy
     for round in range(1, settings.rounds + 1):
-        rng = seeds.stream(settings.seed, "batches", client, round)
-        draws = poisson(indices, settings.sample_rate, settings.steps // settings.rounds, rng)
-        task = Task(indices, TrainConfig(lr=1.0), "B", (1, 1), (settings.seed, client, round), mechanism)
-        descent = mechanism.descent(task.optimizer([flat]), expected, task.seed("noise"))
-        with hooked(model, examples, parameters, descent, physical) as descend:
+        streams = (settings.seed, client, round)
+        key = simulated_key(streams, "audit", mechanism)
+        task = Task(indices, TrainConfig(lr=1.0), "B", (1, 1), streams, mechanism, key)
+        drawing = seeds.Stream(task.derived("batches"))
+        draws = poisson(indices, settings.sample_rate, settings.steps // settings.rounds, drawing)
+        descent = mechanism.descent(task.optimizer([flat]), expected, task.noise())
+        with hooked(model, examples, parameters, descent, physical, task.derived("dropout")) as descend:
             for step, batch in enumerate(draws):
                 model.sign, before = (-1) ** (round + step), weights.copy()
                 descend(batch, 1.0)

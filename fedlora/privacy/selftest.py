@@ -2,7 +2,8 @@
 
 The settings are those of run.py, and the privacy settings among them may be left out. First what Opacus cannot do is
 refused, in one sentence that gives the reason and the cure. Then each check prints one line with its numbers. They go
-through the private training path itself (`clients.train`, `clients.private`), with dropout off.
+through the private training path itself (`clients.train`, `clients.private`), with dropout off; the clip bound is tried
+with the adapters' dropout, if there is any.
 
 Exit status 0: every check is ok; 1: one FAILED; 2: a refusal, or a setting, a file or a model to put right first.
 """
@@ -13,6 +14,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,14 +113,18 @@ def independence(bench: Workbench) -> Check:
 
 
 def sensitivity(bench: Workbench) -> Check:
-    """With σ = 0, one record more or less moves q·n times the step by at most C; C is set low, so that it binds."""
+    """With σ = 0, one record more or less moves q·n times the step by at most C; C is set low, so that it binds.
+
+    The adapters' dropout acts, if there is any.
+    """
     chosen, most = records(bench), 0.0
     for trains in ("AB", "B"):
         (gradients,) = per_example(bench, trains, [chosen])
         norms = torch.stack([rows.flatten(1).norm(dim=1) for rows in gradients.values()]).norm(dim=0)
         clip = float(norms.median()) / 2 or 1.0
         batches = [chosen] + [np.delete(chosen, k) for k in (0, RECORDS // 2, RECORDS - 1)]  # q = 1, so n is the batch
-        whole, *rest = (len(b) * move(bench, Mechanism(0.0, clip), trains, b, batch_size=len(b), lr=1 / clip) for b in batches)
+        way: dict[str, Any] = {"drops": True, "lr": 1 / clip}
+        whole, *rest = (len(b) * move(bench, Mechanism(0.0, clip), trains, b, batch_size=len(b), **way) for b in batches)
         most = max(most, *(float(np.linalg.norm(whole - less)) for less in rest))
     return Check("clip bound", most <= 1.001, f"one record moves the clipped sum by at most {most:.4f} C, C being {clip:.2g}")
 
@@ -184,13 +190,14 @@ def move(
     indices: np.ndarray,
     key: tuple[int, int] = (0, 1),  # client and round
     settings: dict[str, Any] = PLAIN_SGD,
+    drops: bool = False,  # whether the adapters' dropout acts
     **changes: float,  # batch_size among them: the expected one
 ) -> np.ndarray:
     """The change of all that is trained by one step of the private training path, as one vector of float64."""
     parameters = start(bench, trains)
     before = [parameter.detach().clone() for parameter in parameters]
     chosen = dataclasses.replace(bench.config.train, **(settings | changes))
-    with still(bench.model):
+    with nullcontext() if drops else still(bench.model):
         train(bench.model, bench.train, indices, chosen, trains, (1, 1), (bench.config.seed, *key), mechanism)
     moved = [(parameter.detach() - old).flatten() for parameter, old in zip(parameters, before, strict=True)]
     return torch.cat(moved).double().cpu().numpy()
