@@ -29,7 +29,9 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
     if kind == "empty":
         return b""
     if kind == "other":
-        return rng.choice((b"null", b"[]", b"{}", b"[" * 20_000, b"1e999", b"NaN", b'"x"', b"9" * 5000, b"\xff\xfe", bytes(2000)))
+        return rng.choice(
+            (b"null", b"[]", b"{}", b"[" * 20_000, b"1e999", b"NaN", b'"x"', b"9" * 5000, b"\xff\xfe", bytes(2000))
+        )
     return _other_value(content, rng) or content[:-1]
 
 
