@@ -22,6 +22,7 @@ import strategies
 from fedlora import cli, disk, experiment, messages, records
 from fedlora.check import ConfigError, RunError
 from fedlora.checkpoint import Checkpoint, Checkpoints, Released, history
+from fedlora.engines.local import LocalGrid
 from fedlora.lowrank import Pair
 from fedlora.messages import ServerState
 from fedlora.privacy.dp_fedavg import UserLedger
@@ -330,6 +331,46 @@ def test_a_private_round_that_comes_out_otherwise_the_second_time_ends_the_run(q
     (folder / "checkpoints" / "released.json").write_text("{")
     with pytest.raises(ConfigError, match=r"cannot read .*released.json .* restore the file"):
         experiment.run(config, 0.0)
+
+
+@pytest.mark.parametrize("level", ["user", "record"])
+def test_a_private_round_that_comes_out_otherwise_is_sent_to_nobody(quick, monkeypatch, level) -> None:
+    """Not even to be tested: the messages of the round that comes before are all that leaves."""
+    private = {"privacy__name": level, "privacy__noise_multiplier": 1.0, "privacy__sampling": "fixed"}
+    config = quick(name="mine", evaluate__holdout=0.25, evaluate__every=1, **private)
+    folder, sent = broken_off(config, monkeypatch, 2, "before"), []
+    monkeypatch.setattr("tests.apps.FAULTY", set(lines(folder)[2]["cohort"][:1]))
+    send = LocalGrid.send_and_receive
+
+    def watched(self, messages, **keywords):
+        messages = list(messages)
+        sent.extend(message.metadata.message_type for message in messages)
+        return send(self, messages, **keywords)
+
+    monkeypatch.setattr(LocalGrid, "send_and_receive", watched)
+    with pytest.raises(RunError, match="round 2 came out otherwise than before"):
+        experiment.run(config, 0.0, "tests.apps:raises")
+    assert sent.count("train") == 2 and "evaluate" not in sent
+
+
+@pytest.mark.parametrize("asked", ["1", "auto"])
+@pytest.mark.parametrize("which", ["plain", "user", "record", "alternating"])
+def test_clients_share_a_pass_as_when_the_run_began(quick, monkeypatch, capsys, which, asked) -> None:
+    """Another engine.cohort, or another machine and its cache, where a round that was released is taken again."""
+    private = {"privacy__name": which, "privacy__noise_multiplier": 1.0}
+    settings = {"plain": {}, "alternating": {"strategy": {"name": "rolora"}}}.get(which, private) | {
+        "clients_per_round": 4,
+        "train__steps": 2,
+        "privacy__sampling": "fixed",
+    }
+    experiment.run(quick(name="whole", engine__cohort="4", **settings), 0.0)
+    folder = broken_off(quick(name="broken", engine__cohort="4", **settings), monkeypatch, 2, "before")
+    monkeypatch.setattr("clients.cost.measure", lambda *_: 1)  # what this machine would choose
+    capsys.readouterr()
+    experiment.run(quick(name="broken", engine__cohort=asked, **settings), 0.0)
+    assert outcome(folder) == outcome(folder.with_name("whole"))
+    said = "engine.cohort=1: 4 clients share a pass, as when this run began" in capsys.readouterr().out
+    assert said == (asked == "1")
 
 
 def test_flowers_runtime_goes_on_too_but_not_where_clients_keep_something(quick, monkeypatch, capsys) -> None:

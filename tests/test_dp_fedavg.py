@@ -8,11 +8,12 @@ import pytest
 
 import strategies
 from fedlora import experiment, records, seeds
+from fedlora.check import ConfigError, RunError
 from fedlora.config import Config, PrivacyConfig
 from fedlora.lowrank import Pair
 from fedlora.messages import ServerState, Update, fold, rotation
 from fedlora.participation import draw_secretly
-from fedlora.privacy.dp_fedavg import UserGuard
+from fedlora.privacy.dp_fedavg import UserGuard, UserLedger
 from fedlora.privacy.user_level import user_epsilon
 from tests.test_experiment import rows_of
 
@@ -20,6 +21,13 @@ from tests.test_experiment import rows_of
 def guard(noise=0.0, clip=1.0, cohort=4, **settings) -> UserGuard:
     privacy = PrivacyConfig("user", noise_multiplier=noise, clip=clip, **settings)
     return UserGuard(Config(clients=10, clients_per_round=cohort, rounds=5, privacy=privacy), save=lambda ledger: None)
+
+
+def released_noise(one: UserGuard, round: int = 1) -> np.ndarray:
+    """The noise of a release of nothing, in units of zS."""
+    state = ServerState({"k": Pair(np.zeros((20, 100)), np.zeros((100, 20)))}, {})
+    (update,) = one.release(state, [], round, "AB")
+    return flat(update) * one.ledger.cohort / one.ledger.noise_multiplier / one.config.clip
 
 
 def a_state(rng, size=6) -> ServerState:
@@ -101,6 +109,77 @@ def test_every_strategy_merges_the_release(name) -> None:
     for layer, pair in sent.items():  # one client is a fixed point of the product
         whole = [pair for pair in (ended[layer], merged.base_correction.get(layer)) if pair is not None]
         np.testing.assert_allclose(sum(p.B @ p.A for p in whole), pair.B @ pair.A, atol=1e-6)
+
+
+def own_run(**settings) -> UserGuard:
+    """A guard of a run of its own, z = 1 and S = 1 unless another is set."""
+    privacy = {"noise_multiplier": 1.0, "sampling": "none"} | settings.pop("privacy", {})
+    return UserGuard(Config(clients=10, privacy=PrivacyConfig("user", **privacy), **settings), lambda ledger: None)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"privacy": {"noise_multiplier": 2.0}}, {"privacy": {"clip": 2.0}}, {"rounds": 6}, {"strategy": {"name": "fedavg"}}],
+)
+def test_runs_of_a_sweep_share_neither_noise_nor_cohorts(other) -> None:
+    """Or their difference would be free of noise; a run by itself has the same twice."""
+    runs = [own_run(), own_run(), own_run(**other)]
+    first, again, of_other = (released_noise(run) for run in runs)
+    assert np.array_equal(first, again) and np.std(first) == pytest.approx(1.0, rel=0.05)
+    assert abs(np.corrcoef(first, of_other)[0, 1]) < 0.07 and abs(np.corrcoef(first, released_noise(runs[0], 2))[0, 1]) < 0.07
+    cohorts = [[run.draw(round, list(range(10)), 4) for round in range(1, 9)] for run in runs]
+    assert cohorts[0] == cohorts[1] != cohorts[2]
+
+
+def test_on_devices_noise_and_cohorts_come_from_no_seed_and_never_twice() -> None:
+    """All that a device knows, the whole experiment with its seed, leads to other noise and to other cohorts."""
+    server, device = own_run(deploy="here"), own_run(deploy="here")
+    noises = [released_noise(run) for run in (server, server, device, own_run())]
+    correlations = np.corrcoef(noises) - np.eye(4)
+    assert np.abs(correlations).max() < 0.08
+    everyone = list(range(1000))
+    cohorts = {tuple(run.draw(1, everyone, 500)) for run in (server, server, device, own_run())}
+    assert len(cohorts) == 4
+
+
+@pytest.mark.parametrize("sampling", ["poisson", "fixed"])
+def test_with_devices_no_amplification_is_claimed(small, sampling) -> None:
+    edge = {
+        "deploy": "here",
+        "partition__name": "own",
+        "dataset__name": "files",
+        "dataset__text": "t",
+        "dataset__classes": ["a"],
+    }
+    user = {"privacy__name": "user", "privacy__epsilon": 8.0}
+    with pytest.raises(ConfigError, match=rf"privacy.sampling={sampling}; traffic and timing .* set privacy.sampling=none"):
+        small(**edge, **user, privacy__sampling=sampling)
+    assert small(**edge, **user, privacy__sampling="none").fresh_noise
+
+
+def test_what_was_counted_before_stays_counted_and_a_spent_budget_ends_the_run(tmp_path) -> None:
+    path, config = tmp_path / "privacy.json", Config(clients=10, rounds=3, deploy="here")
+    config.privacy = PrivacyConfig("user", epsilon=8.0, sampling="none")
+    for before, rounds in ((None, [1, 2]), (2, [2])):  # broken off in round 2, which is taken again
+        spent = None if before is None else UserLedger.load(path)
+        guard = UserGuard(config, lambda ledger: ledger.save(path), spent)
+        guard.go_on({"rounds": 1} if spent else {"rounds": 0})
+        for round in rounds:
+            assert guard.admit(round, [5]) == [5]
+    assert UserLedger.load(path).rounds == guard.ledger.rounds == 3 and guard.spent()["epsilon_max"] <= 8.0
+    with pytest.raises(RunError, match=r"round 3: privacy.epsilon=8 is spent, .* rounds=3 releases"):
+        guard.admit(3, [5])
+    with pytest.raises(ConfigError, match="counts rounds with other noise or other cohorts"):
+        UserGuard(config, print, UserLedger(guard.ledger.noise_multiplier, 10, 3, "none", 2))
+
+
+@pytest.mark.parametrize("damage", [lambda t: t.replace(b'"rounds": 3', b'"rounds": 2'), lambda t: t[:-9], lambda t: b"[]"])
+def test_a_ledger_that_is_not_as_it_was_written_is_refused(tmp_path, damage) -> None:
+    path = tmp_path / "privacy.json"
+    UserLedger(1.0, 10, 4, "none", 3).save(path)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ConfigError, match=r"the privacy ledger .* is damaged"):
+        UserLedger.load(path)
 
 
 def test_poisson_cohorts_have_the_rate_and_may_be_empty() -> None:

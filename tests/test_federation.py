@@ -24,6 +24,7 @@ from fedlora.deploy.memory import Memory
 from fedlora.deploy.sums import SecureSums
 from fedlora.engines.local import LocalGrid, carrying
 from fedlora.folder import LOCK
+from fedlora.privacy.dp_fedavg import UserLedger
 from fedlora.privacy.ledger import Ledger
 from fedlora.records import Recorder
 from fedlora.secure import Identity
@@ -300,6 +301,43 @@ def test_noise_is_fresh_in_a_round_that_is_taken_again_and_is_counted_on_both_si
     delta = edge.config.privacy.delta
     assert again[3]["epsilon_max"] == max(ledger.epsilon(k, delta) for k in range(2)) > line["epsilon_max"]
     assert not (edge.results / "checkpoints").exists()
+
+
+def test_releases_of_whole_clients_are_fresh_counted_again_and_read_by_the_server_alone(
+    federation, monkeypatch, capsys
+) -> None:
+    """Two servers of one experiment, with its one seed, release other noise; so does one that takes a round again."""
+    private = {"privacy__name": "user", "privacy__noise_multiplier": 1.0, "privacy__sampling": "none", "checkpoint__every": 2}
+    other = federation("other", **private)
+    other.run(capsys)
+    edge = federation("edge", **private)
+    with monkeypatch.context() as patched:
+        fails_after(patched, 3, "before")
+        with pytest.raises(SystemExit):
+            edge.run(capsys)
+    line = json.loads(edge.sent.rows[3])
+    assert not (edge.results / "checkpoints" / "released.json").exists()
+    assert json.loads(edge.sent.rows[1])["update_norm"] != json.loads(other.sent.rows[1])["update_norm"]
+    edge.run(capsys)
+    again = [json.loads(row) for row in edge.sent.rows]
+    assert again[3]["update_norm"] != line["update_norm"]
+    assert UserLedger.load(edge.results / "privacy.json").rounds == 4  # three, one of them twice
+    assert again[3]["epsilon_max"] > line["epsilon_max"] and again[2]["epsilon_max"] < line["epsilon_max"]
+    for folder in (edge.results.parent, edge.results):
+        assert folder.stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o077 for path in edge.results.rglob("*")} == {0}
+
+
+def test_a_folder_that_others_could_read_is_closed_to_them(federation, capsys) -> None:
+    edge = federation("edge", rounds=1)
+    edge.results.mkdir(parents=True)
+    edge.results.parent.chmod(0o755)
+    edge.run(capsys)
+    assert [folder.stat().st_mode & 0o777 for folder in (edge.results.parent, edge.results)] == [0o700, 0o700]
+    (edge.results / "rounds.jsonl").write_bytes(b'{"round": 0}\n\xff\xfe{\n')  # of a run that has finished
+    edge.run(capsys)
+    with pytest.raises(RunError, match="the server sent records that cannot be read"):
+        launch._object(edge.sent.rows[1])
 
 
 def test_another_experiment_of_the_name_and_another_run_at_work_are_refused(federation, monkeypatch, capsys) -> None:

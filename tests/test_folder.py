@@ -202,7 +202,7 @@ def test_the_numbers_of_a_summary_are_those_that_are_checked(quick) -> None:  # 
 
 @pytest.mark.parametrize("which", ["broken off", "finished"])
 def test_damaged_files_of_a_results_folder_give_sentences(quick, monkeypatch, which) -> None:  # noqa: F811
-    """Three files in four are noticed; what is not has changed nothing that is used."""
+    """No traceback, whatever is damaged; put right, the run goes on. The long command is of the same module."""
     config = quick(name="mine", **USER)
     where = broken_off(config, monkeypatch, 2) if which == "broken off" else Path(config.results) / "mine"
     if which == "finished":
