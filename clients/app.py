@@ -8,7 +8,8 @@ with a client from one message to the next is in Flower's `Context.state`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from fedlora.workbench import Workbench
 
 
-SECRET, SERIAL = "secret", "serial"  # of a device's own node configuration: see `Task.secret`
+KEY = "key"  # of a device's own node configuration: hexadecimal of what the streams of one private training come from
 
 
 class CohortApp(ClientApp):
@@ -105,22 +106,16 @@ def train(message: Message, context: Context) -> Message:
     return _reply(message, context, begun, task, Trained(bench.model.adapters(), bench.model.dense(), metrics), seconds, 1)
 
 
-def _answer(action: str) -> Callable[[Message, Context], Message]:
-    """The handler of a further message of the round, which asks for something of what this client keeps."""
-
-    def handle(message: Message, context: Context) -> Message:
-        job, client = message.content.config_records[messages.CONFIG], _client(context)
-        arrays = asked.answer(action, client, context.state, job, messages.arrays_of(_arrays(message)))
-        content = RecordDict(
-            {messages.ARRAYS: messages.record(arrays), messages.METRICS: MetricRecord({messages.CLIENT: client})}
-        )
-        return Message(content, reply_to=message)
-
-    return handle
+def answer(action: str, message: Message, context: Context) -> Message:
+    """Answer a further message of the round, which asks for something of what this client keeps."""
+    job, client = message.content.config_records[messages.CONFIG], _client(context)
+    arrays = asked.answer(action, client, context.state, job, messages.arrays_of(_arrays(message)))
+    content = RecordDict({messages.ARRAYS: messages.record(arrays), messages.METRICS: MetricRecord({messages.CLIENT: client})})
+    return Message(content, reply_to=message)
 
 
 for _action in asked.ACTIONS_KNOWN:
-    app.train(_action)(_answer(_action))
+    app.train(_action)(partial(answer, _action))
 
 
 @app.evaluate()
@@ -161,8 +156,9 @@ def _task(message: Message, context: Context) -> Task:
     indices, _ = bench.examples_of(client)
     progress, streams = (round, config.rounds), (config.seed, client, round)
     secret = None
-    if mechanism is not None and SECRET in context.node_config:  # a real device: its server knows the run's seed
-        secret = int(str(context.node_config[SECRET]), 16), int(context.node_config[SERIAL])
+    if mechanism is not None and KEY in context.node_config:  # a real device: its server knows the run's seed
+        key = bytes.fromhex(str(context.node_config[KEY]))
+        secret = int.from_bytes(key[:24], "big"), int.from_bytes(key[24:], "big")
     return Task(indices, config.train, str(job[messages.TRAINS]), progress, streams, mechanism, secret)
 
 

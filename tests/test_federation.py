@@ -8,17 +8,19 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Context, RecordDict
+from flwr.app import Context, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 
 from fedlora import disk, messages
 from fedlora.check import ConfigError, RunError
 from fedlora.checkpoint import Checkpoints
 from fedlora.config import CheckpointConfig, Config, DatasetConfig
-from fedlora.deploy import launch, memory, node, preview, server
-from fedlora.deploy.account import Account, Limits
+from fedlora.deploy import launch, memory, preview, server
+from fedlora.deploy.account import Account
 from fedlora.deploy.courier import Receiver, Sender
-from fedlora.deploy.device import Device, Holdings, goes_back, identity
+from fedlora.deploy.device import Device, goes_back
+from fedlora.deploy.holdings import Holdings, identity
+from fedlora.deploy.limits import Limits
 from fedlora.deploy.memory import Memory
 from fedlora.engines.local import LocalGrid, carrying
 from fedlora.privacy.ledger import Ledger
@@ -122,7 +124,7 @@ def test_an_experiment_is_the_same_wherever_it_goes_on_and_another_where_it_begi
 
     def name(lineage: str = "x", **changes) -> str:
         asked = dataclasses.replace(config, **changes)
-        return identity(ConfigRecord({messages.EXPERIMENT: asked.to_json(), messages.LINEAGE: lineage}))
+        return identity(asked, lineage)
 
     moved = name(results="elsewhere", name="other", deploy="there", checkpoint=CheckpointConfig(3, 1))
     assert name() == moved and len({name(), name("y"), name(seed=5), name(rounds=9)}) == 4
@@ -149,8 +151,7 @@ class Here(LocalGrid):
             message.metadata.__dict__["_message_id"] = f"m{self._sent}"
             number = message.metadata.dst_node_id - 1
             arrived = carrying(message, recorddict_from_proto(recorddict_to_proto(message.content)))
-            reply, _, _ = node._answered(self.devices[number], arrived, self.contexts[number])
-            self._replies[message.metadata.message_id] = reply
+            self._replies[message.metadata.message_id] = self.devices[number](arrived, self.contexts[number])
         return [message.metadata.message_id for message in sent]
 
 
