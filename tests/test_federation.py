@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import os
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +13,8 @@ import pytest
 from flwr.app import Context, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 
-from fedlora import disk, messages
+from clients import app
+from fedlora import disk, experiment, messages
 from fedlora.check import ConfigError, RunError
 from fedlora.checkpoint import Checkpoints
 from fedlora.config import CheckpointConfig, Config, DatasetConfig
@@ -159,14 +162,17 @@ class Federation:
     """Two devices and a server with folders of their own. `run` is one Flower run, the processes of which are all new."""
 
     def __init__(self, folder, config: Config, monkeypatch, epsilon: float) -> None:
-        self.folder, self.config, self.epsilon, self.logs = folder, config, epsilon, []
+        self.folder, self.config, self.epsilon, self.logs, self.keys = folder, config, epsilon, [], {}
         monkeypatch.setenv("FLWR_HOME", str(folder / "server"))
         monkeypatch.setattr(server, "POLL", 0.01)
 
     def device(self, k: int) -> Device:
+        """Its key of each training is the operating system's, or, of client k's training number n, `keys[k, n]`."""
         data = DatasetConfig(name="files", path=f"{self.folder}/../data/device-{k}.jsonl", image="image", test_fraction=0.0)
         own = preview.data(Holdings(k, 0, data, ("vit_digits", None), "cpu", 0.0))
-        account = Account(self.folder / f"state-{k}", Limits(self.epsilon, 1e-5, 1.0, 100))
+        account = Account(self.folder / f"state-{k}", Limits(self.epsilon, 1e-5, 1.0, 100), self.logs.append)
+        if self.keys:
+            account._draw = lambda number: (self.keys[k, number], "a draw")
         return Device(own, account, self.logs.append)
 
     def run(self, capsys, **changes):
@@ -263,6 +269,35 @@ def test_a_run_that_begins_anew_knows_nothing_of_the_one_before(federation, caps
     assert len(edge.logs) == 2 * 2
     assert outcome(edge.run(capsys, overwrite=True)) == first and len(edge.logs) == 2 * 4
     assert len({path.parent.name for path in edge.folder.glob("state-*/kept/*/*")} - kept) == 1
+
+
+def test_devices_come_to_the_simulators_adapter_bit_for_bit(federation, small, monkeypatch, capsys) -> None:
+    """Under DP-SGD, with the keys of the simulation's trainings in the place of those that devices draw."""
+    private = {"rounds": 3, "train__steps": 4, "privacy__name": "record", "privacy__epsilon": 6.0}
+    edge, task = federation("edge", epsilon=8.0, **private), app._task
+
+    def noted(message, context):
+        made = task(message, context)
+        _, client, round = made.streams
+        edge.keys[client, round] = made.key if hasattr(made, "key") else made.streams[0].to_bytes(24) + round.to_bytes(8)
+        return made
+
+    simulation = small(
+        name="simulated", clients=2, clients_per_round=2, **private, partition__name="natural", dataset__name="files",
+        dataset__path=str(edge.folder.parent / "data" / "all.jsonl"), dataset__image="image", dataset__group="device",
+        dataset__classes=[str(digit) for digit in range(10)], dataset__test_fraction=0.0,
+    )  # fmt: skip
+    with monkeypatch.context() as patched:
+        patched.setattr(app, "_task", noted)
+        experiment.run(simulation, time.perf_counter())
+    assert edge.keys.keys() == {(client, round) for client in range(2) for round in (1, 2, 3)}
+    ours, theirs = edge.run(capsys), Path(simulation.results) / "simulated"
+    for file in ("adapter/adapter_model.safetensors", "privacy.json"):
+        assert (ours / file).read_bytes() == (theirs / file).read_bytes()
+    rows = [[json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()] for folder in (ours, theirs)]
+    for key in ("epsilon_max", "update_norm", "bytes_up", "bytes_down", "drops"):
+        assert [row.get(key) for row in rows[0]] == [row.get(key) for row in rows[1]]
+    assert "client_loss" in rows[1][1] and not {"client_loss", "client_clipped", "client_noise_product"} & rows[0][1].keys()
 
 
 def test_noise_is_fresh_in_a_round_that_is_taken_again_and_is_counted_on_both_sides(federation, monkeypatch, capsys) -> None:
