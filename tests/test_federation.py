@@ -57,7 +57,16 @@ def test_a_round_begins_with_the_newest_that_was_kept_before_it(tmp_path) -> Non
     device.keep("a", 3, kept(3.5), back=0)  # the server has gone back; its round 5 never was
     assert [value(device.newest("a", round)) for round in (2, 3, 9)] == [2, 3.5, 3.5]
     (file,) = (tmp_path / "kept" / "a").glob("round-00003")
-    assert file.stat().st_mode & 0o777 == 0o600 and file.parent.stat().st_mode & 0o777 == 0o700
+    modes = [path.stat().st_mode & 0o777 for path in (file, file.parent, file.parent.parent)]
+    assert modes == [0o600, 0o700, 0o700]
+
+
+def test_no_more_rounds_are_kept_than_a_device_allows_however_far_a_server_may_go_back(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(memory, "ROUNDS", 3)
+    device = Memory(tmp_path)
+    for round in range(1, 8):
+        device.keep("a", round, kept(round), goes_back(CheckpointConfig(1, 10**9), round))
+    assert rounds_of(tmp_path) == ["05", "06", "07"]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """`fedlora-client`: a device's side of a federation, in one command.
 
     fedlora-client --superlink host:port --root-certificates ca.crt --key device.key --client 0 \\
-                   --data notes.jsonl --text text --model <folder> --epsilon 6 --state ~/.fedlora-client
+                   --data notes.jsonl --text text --classes no,yes --model <folder> --epsilon 6 --state ~/.fedlora-client
 
 It reads the data and the model, says what will be trained on and what will leave the device, and then connects.
 """

@@ -43,7 +43,10 @@ class Experiment:
         limits.allow(config)
         self.strategy = valid(config)
         self.config = localised(own, config)
-        self.rate, self.steps, _ = work(own, config)
+        try:
+            self.rate, self.steps, _ = work(own, config)
+        except ArithmeticError as error:  # of a number that no float can hold
+            raise Refused(Reason.MALFORMED, f"the experiment cannot be run: {error}") from error
         limits.allow_steps(self.steps)
         self.name = identity(config)
         self._enough = math.inf  # the least σ that was found to keep what the experiment promises
@@ -119,7 +122,7 @@ class Experiment:
         for layer, pair in state.adapters.items():
             shapes |= {messages.rotation(layer): (rank, rank)} if "R" in self.strategy.down else {}
             shapes |= {f"{layer}.base_A.weight": (None, pair.A.shape[1]), f"{layer}.base_B.weight": (len(pair.B), None)}
-        arrays = read_arrays(record, set(shapes))
+        arrays = read_arrays(record, set(shapes), self.config.compression.down)
         try:
             _, _, correction = messages.sort(arrays)
         except ValueError as error:
@@ -164,14 +167,19 @@ def valid(config: Config) -> LoRAStrategy:
     """The strategy of a configuration that can be run. Raises Refused for any other."""
     try:
         return make_strategy(config.checked())
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise Refused(Reason.MALFORMED, f"the experiment cannot be run: {error}") from error
 
 
-def read_arrays(record: ArrayRecord, names: set[str] | None = None) -> dict[str, np.ndarray]:
-    """The arrays of a record by name, decoded. Raises Refused for bytes that hold none, and for names that are not `names`."""
-    if names is not None and (unknown := [name for name in record if name.partition(compression.MARK)[0] not in names]):
-        raise _inconsistent(f"an array {unknown[0]!r}, which the experiment does not have")
+def read_arrays(record: ArrayRecord, names: set[str] | None = None, encoding: str = "none") -> dict[str, np.ndarray]:
+    """The arrays of a record by name, decoded.
+
+    Raises Refused for bytes that hold none, for a name that is none of `names`, and for another encoding.
+    """
+    for sent in record:
+        name, _, method = sent.partition(compression.MARK)
+        if (names is not None and name not in names) or method not in ("", encoding):
+            raise _inconsistent(f"an array {sent!r}, which the experiment does not have")
     try:
         return compression.decode(messages.arrays_of(record))
     except Exception as error:  # numpy's reader raises whatever the bytes led it into

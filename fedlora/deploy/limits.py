@@ -43,7 +43,7 @@ class Limits:
             ("rounds", config.rounds, self.rounds, "--max-rounds"),
         ):
             if value > most:
-                raise beyond(f"this device allows {name}={most} at most ({option}), the experiment has {value:.6g}")
+                raise beyond(f"this device allows {name}={most} at most ({option}), the experiment has {value}")
         if math.isfinite(self.epsilon):
             self._allow_privacy(config)
 
@@ -58,10 +58,10 @@ class Limits:
             raise beyond(f"this device trains with privacy=record only (--epsilon), the experiment has privacy={privacy.name}")
         if privacy.clip > self.clip:
             raise beyond(
-                f"this device clips at {self.clip:g} or below (--clip), the experiment has privacy.clip={privacy.clip:g}"
+                f"this device clips at {self.clip:g} or below (--clip), the experiment has privacy.clip={privacy.clip}"
             )
         if privacy.delta > self.delta:
-            raise beyond(f"this device allows δ = {self.delta:g} (--delta), the experiment has privacy.delta={privacy.delta:g}")
+            raise beyond(f"this device allows δ = {self.delta:g} (--delta), the experiment has privacy.delta={privacy.delta}")
 
     def bound_memory(self) -> None:
         """From now on this process gets no more than `memory`: what would take it beyond raises MemoryError or RuntimeError.

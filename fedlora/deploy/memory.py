@@ -55,7 +55,8 @@ class Memory:
         try:
             if state:
                 content, path = messages.to_bytes(state), self._path(experiment, round)
-                path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                for folder in (self.folder, path.parent):
+                    folder.mkdir(exist_ok=True, mode=0o700)
                 disk.write(path, hashlib.sha256(content).digest() + content, mode=0o600)
                 files[round] = path
             oldest = max((number for number in files if number <= back), default=0)
