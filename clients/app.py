@@ -8,7 +8,8 @@ with a client from one message to the next is in Flower's `Context.state`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
@@ -109,22 +110,16 @@ def train(message: Message, context: Context) -> Message:
     return _reply(message, context, begun, task, Trained(bench.model.adapters(), bench.model.dense(), metrics), seconds, 1)
 
 
-def _answer(action: str) -> Callable[[Message, Context], Message]:
-    """The handler of a further message of the round, which asks for something of what this client keeps."""
-
-    def handle(message: Message, context: Context) -> Message:
-        job, client = message.content.config_records[messages.CONFIG], _client(context)
-        arrays = asked.answer(action, client, context.state, job, messages.arrays_of(_arrays(message)))
-        content = RecordDict(
-            {messages.ARRAYS: messages.record(arrays), messages.METRICS: MetricRecord({messages.CLIENT: client})}
-        )
-        return Message(content, reply_to=message)
-
-    return handle
+def answer(action: str, message: Message, context: Context) -> Message:
+    """Answer a further message of the round, which asks for something of what this client keeps."""
+    job, client = message.content.config_records[messages.CONFIG], _client(context)
+    arrays = asked.answer(action, client, context.state, job, messages.arrays_of(_arrays(message)))
+    content = RecordDict({messages.ARRAYS: messages.record(arrays), messages.METRICS: MetricRecord({messages.CLIENT: client})})
+    return Message(content, reply_to=message)
 
 
 for _action in asked.ACTIONS_KNOWN:
-    app.train(_action)(_answer(_action))
+    app.train(_action)(partial(answer, _action))
 
 
 @app.evaluate()

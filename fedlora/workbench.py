@@ -71,7 +71,7 @@ def build_from(text: str) -> Workbench:
     """The same for the configuration that a message carries, checked again where it arrives."""
     config = Config.from_json(text)
     resident = _resident(config)
-    dataset = _dataset(resident.dataset, resident.seed)
+    dataset = _examples(resident)
     shards = partition.split(config.partition, dataset.train, config.clients, config.seed)
     return Workbench(config, dataset, _model(resident)[1], shards)
 
@@ -97,6 +97,11 @@ def _resident(config: Config) -> Resident:
     return Resident(*parts, config.seed, config.device, config.threads)
 
 
+def _examples(resident: Resident) -> Dataset:
+    """The dataset. A file holds the same for every seed: a device reads its own once, when its owner starts it."""
+    return _dataset(resident.dataset, 0 if json.loads(resident.dataset)["name"] == "files" else resident.seed)
+
+
 @lru_cache(maxsize=1)
 def _model(resident: Resident) -> tuple[Base, AdaptedModel]:
     """The one base model of this process. Another one takes its place, and whatever refers to the old one is let go."""
@@ -104,7 +109,7 @@ def _model(resident: Resident) -> tuple[Base, AdaptedModel]:
         dependent.cache_clear()
     torch.set_num_threads(resident.threads)
     threadpool_limits(resident.threads, "blas")  # the server's sums too, which a machine's cores would order otherwise
-    dataset = _dataset(resident.dataset, resident.seed)
+    dataset = _examples(resident)
     base = models.load(settings.ModelConfig(**json.loads(resident.model)), dataset, resident.seed)
     return base, AdaptedModel(base, settings.AdapterConfig(**json.loads(resident.adapter)), torch_device(resident.device))
 
@@ -115,7 +120,7 @@ def _encoded(resident: Resident, limit: float, part: str) -> Encoded:
     base, model = _model(resident)
     if model.prefix is None:
         model.prefix = Prefix(model)
-    return model.prefix.kept(base.encode(getattr(_dataset(resident.dataset, resident.seed), part)), limit * 1e9 / 2)
+    return model.prefix.kept(base.encode(getattr(_examples(resident), part)), limit * 1e9 / 2)
 
 
 @lru_cache(maxsize=1)

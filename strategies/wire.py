@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
@@ -125,18 +125,33 @@ class Wire(FlowerFedAvg):
             name: state.extra.get(name, np.eye(state.adapters[layer].rank, dtype=np.float32)) for layer, name in names.items()
         }
 
+    def job(self, round: int, evaluating: bool = False) -> dict[str, Any]:
+        """What a round's messages say of what to train, keep and send, by the keys of `messages`.
+
+        It follows from the experiment alone, so that a device derives the same and refuses a message that says another thing.
+        """
+        encodes, share = self.encodes[1:]
+        return {
+            messages.ROUND: round,
+            messages.TRAINS: self.trained(round),
+            messages.SENDS: self.sends(round),
+            messages.PERSONAL: self.personal,
+            messages.INIT: self.init,
+            messages.DRAWN: (round if evaluating else round - 1) if self.redraws else 0,
+            messages.ENCODES: encodes,
+            messages.SHARE: share,
+            messages.CHANGES: self._changes,
+            messages.KEEPS: self.withholds or self.silent,
+            messages.SILENT: self.silent,
+        }
+
     def _messages(
         self, arrays: ArrayRecord, config: ConfigRecord, server_round: int, nodes: list[int], kind: str
     ) -> list[Message]:
         """A message for each node. Nodes of one rank share their content."""
         assert self.state is not None
         evaluating = kind == MessageType.EVALUATE
-        config[messages.ROUND], config[messages.TRAINS] = server_round, self.trained(server_round)
-        config[messages.SENDS], config[messages.PERSONAL] = self.sends(server_round), self.personal
-        config[messages.INIT] = self.init
-        config[messages.DRAWN] = (server_round if evaluating else server_round - 1) if self.redraws else 0
-        config[messages.ENCODES], config[messages.SHARE], config[messages.CHANGES] = *self.encodes[1:], self._changes
-        config[messages.KEEPS], config[messages.SILENT] = self.withholds or self.silent, self.silent
+        config.update(self.job(server_round, evaluating))
         config[messages.ADDS] = adds = not evaluating and len(nodes) >= MANY and self._adds
         self._job = config
         self._bytes_alone = messages.record_bytes(messages.record(self.sent_up(self.state, server_round))) if adds else 0

@@ -4,22 +4,27 @@ import dataclasses
 import json
 import math
 import os
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, generate_private_key
-from flwr.app import ConfigRecord, Context, RecordDict
+from flwr.app import Context, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 
-from fedlora import disk, messages, report
+from clients import app
+from fedlora import disk, experiment, messages, report
 from fedlora.check import ConfigError, RunError
 from fedlora.checkpoint import Checkpoints
 from fedlora.config import CheckpointConfig, Config, DatasetConfig
-from fedlora.deploy import launch, memory, node, preview, server
-from fedlora.deploy.account import Account, Limits
+from fedlora.deploy import launch, memory, preview, server
+from fedlora.deploy.account import Account
 from fedlora.deploy.courier import Receiver, Sender
-from fedlora.deploy.device import Device, Holdings, goes_back, identity
+from fedlora.deploy.device import Device, goes_back
+from fedlora.deploy.holdings import Holdings, identity
+from fedlora.deploy.limits import Limits
 from fedlora.deploy.memory import Memory
 from fedlora.deploy.sums import SecureSums
 from fedlora.engines.local import LocalGrid, carrying
@@ -57,7 +62,16 @@ def test_a_round_begins_with_the_newest_that_was_kept_before_it(tmp_path) -> Non
     device.keep("a", 3, kept(3.5), back=0)  # the server has gone back; its round 5 never was
     assert [value(device.newest("a", round)) for round in (2, 3, 9)] == [2, 3.5, 3.5]
     (file,) = (tmp_path / "kept" / "a").glob("round-00003")
-    assert file.stat().st_mode & 0o777 == 0o600 and file.parent.stat().st_mode & 0o777 == 0o700
+    modes = [path.stat().st_mode & 0o777 for path in (file, file.parent, file.parent.parent)]
+    assert modes == [0o600, 0o700, 0o700]
+
+
+def test_no_more_rounds_are_kept_than_a_device_allows_however_far_a_server_may_go_back(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(memory, "ROUNDS", 3)
+    device = Memory(tmp_path)
+    for round in range(1, 8):
+        device.keep("a", round, kept(round), goes_back(CheckpointConfig(1, 10**9), round))
+    assert rounds_of(tmp_path) == ["05", "06", "07"]
 
 
 @pytest.mark.parametrize(
@@ -127,7 +141,7 @@ def test_an_experiment_is_the_same_wherever_it_goes_on_and_another_where_it_begi
 
     def name(lineage: str = "x", **changes) -> str:
         asked = dataclasses.replace(config, **changes)
-        return identity(ConfigRecord({messages.EXPERIMENT: asked.to_json(), messages.LINEAGE: lineage}))
+        return identity(asked, lineage)
 
     moved = name(results="elsewhere", name="other", deploy="there", checkpoint=CheckpointConfig(3, 1))
     assert name() == moved and len({name(), name("y"), name(seed=5), name(rounds=9)}) == 4
@@ -154,8 +168,7 @@ class Here(LocalGrid):
             message.metadata.__dict__["_message_id"] = f"m{self._sent}"
             number = message.metadata.dst_node_id - 1
             arrived = carrying(message, recorddict_from_proto(recorddict_to_proto(message.content)))
-            reply, _, _ = node._answered(self.devices[number], arrived, self.contexts[number])
-            self._replies[message.metadata.message_id] = reply
+            self._replies[message.metadata.message_id] = self.devices[number](arrived, self.contexts[number])
         return [message.metadata.message_id for message in sent]
 
 
@@ -163,15 +176,18 @@ class Federation:
     """Two or three devices and a server, each with a folder. `run` is one Flower run, the processes of which are all new."""
 
     def __init__(self, folder, config: Config, monkeypatch, epsilon: float) -> None:
-        self.folder, self.config, self.epsilon, self.logs = folder, config, epsilon, []
+        self.folder, self.config, self.epsilon, self.logs, self.injected = folder, config, epsilon, [], {}
         self.keys = {k: generate_private_key(SECP384R1()) for k in range(config.clients)}
         monkeypatch.setenv("FLWR_HOME", str(folder / "server"))
         monkeypatch.setattr(server, "POLL", 0.01)
 
     def device(self, k: int) -> Device:
+        """Its key of each training is the operating system's, or, of client k's training number n, `keys[k, n]`."""
         data = DatasetConfig(name="files", path=f"{self.folder}/../data/device-{k}.jsonl", image="image", test_fraction=0.0)
         own = preview.data(Holdings(k, 0, data, ("vit_digits", None), "cpu", 0.0))
-        account = Account(self.folder / f"state-{k}", Limits(self.epsilon, 1e-5, 1.0, 100))
+        account = Account(self.folder / f"state-{k}", Limits(self.epsilon, 1e-5, 1.0, 100), self.logs.append)
+        if self.injected:
+            account._draw = lambda number: (self.injected[k, number], "a draw")
         return Device(own, account, self.logs.append, self.sums(k) if self.config.aggregation == "secure" else None)
 
     def sums(self, k: int) -> SecureSums:
@@ -273,6 +289,40 @@ def test_a_run_that_begins_anew_knows_nothing_of_the_one_before(federation, caps
     assert len(edge.logs) == 2 * 2
     assert outcome(edge.run(capsys, overwrite=True)) == first and len(edge.logs) == 2 * 4
     assert len({path.parent.name for path in edge.folder.glob("state-*/kept/*/*")} - kept) == 1
+
+
+def test_devices_come_to_the_simulators_adapter_bit_for_bit(federation, small, monkeypatch, capsys) -> None:
+    """Under DP-SGD, with the keys of the simulation's trainings in the place of those that devices draw."""
+    private = {"rounds": 3, "train__steps": 4, "privacy__name": "record", "privacy__epsilon": 6.0}
+    edge, task = federation("edge", epsilon=8.0, **private), app._task
+
+    def noted(message, context):
+        made = task(message, context)
+        _, client, round = made.streams
+        edge.injected[client, round] = made.key
+        return made
+
+    data = edge.folder.parent / "data"
+    both = [
+        line for line in (data / "all.jsonl").read_text().splitlines() if json.loads(line)["device"] in ("device-0", "device-1")
+    ]
+    (data / "both.jsonl").write_text("\n".join(both) + "\n")
+    simulation = small(
+        name="simulated", clients=2, clients_per_round=2, **private, partition__name="natural", dataset__name="files",
+        dataset__path=str(data / "both.jsonl"), dataset__image="image", dataset__group="device",
+        dataset__classes=[str(digit) for digit in range(10)], dataset__test_fraction=0.0,
+    )  # fmt: skip
+    with monkeypatch.context() as patched:
+        patched.setattr(app, "_task", noted)
+        experiment.run(simulation, time.perf_counter())
+    assert edge.injected.keys() == {(client, round) for client in range(2) for round in (1, 2, 3)}
+    ours, theirs = edge.run(capsys), Path(simulation.results) / "simulated"
+    for file in ("adapter/adapter_model.safetensors", "privacy.json"):
+        assert (ours / file).read_bytes() == (theirs / file).read_bytes()
+    rows = [[json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()] for folder in (ours, theirs)]
+    for key in ("epsilon_max", "update_norm", "bytes_up", "bytes_down", "drops"):
+        assert [row.get(key) for row in rows[0]] == [row.get(key) for row in rows[1]]
+    assert "client_loss" in rows[1][1] and not {"client_loss", "client_clipped", "client_noise_product"} & rows[0][1].keys()
 
 
 def test_noise_is_fresh_in_a_round_that_is_taken_again_and_is_counted_on_both_sides(federation, monkeypatch, capsys) -> None:

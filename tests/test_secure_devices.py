@@ -10,18 +10,20 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, SECP384R1, generate_private_key
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
-from flwr.app import Message
+from flwr.app import Error, Message
 
 from fedlora import messages
 from fedlora.check import ConfigError, RunError
 from fedlora.deploy import client
-from fedlora.deploy.account import Account, Limits
+from fedlora.deploy.account import Account
 from fedlora.deploy.device import Device
+from fedlora.deploy.limits import Limits
+from fedlora.deploy.reasons import Reason
 from fedlora.deploy.sums import SecureSums
 from fedlora.secure import Identity, Terms
 from fedlora.secure.forms import Arrays
 from tests.test_checkpoint import fails_after
-from tests.test_device import account, asked, folder, own, place, sent  # noqa: F401
+from tests.test_device import asked, folder, made, own, place, refusal, sent  # noqa: F401
 from tests.test_federation import KEEPING, federation  # noqa: F401
 from tests.test_rounds import outside_of_flower  # noqa: F401
 from tests.test_secure import Cohort, cohort
@@ -160,34 +162,28 @@ def secure(config):
     )
 
 
-def test_a_device_without_peers_takes_part_in_no_secure_sum(own, asked, account) -> None:  # noqa: F811
-    message = sent(secure(asked()))
-    with pytest.raises(RunError, match=r"only where its owner names all clients' public keys \(--peers\)"):
-        Device(own, account, lambda line: None)(message, place())
-    assert account.rows == []
+def test_a_device_without_peers_takes_part_in_no_secure_sum(made, asked) -> None:  # noqa: F811
+    device = made()
+    assert refusal(device(sent(secure(asked())), place())) is Reason.BEYOND_LIMITS
+    assert device.account.rows == [] and "only where its owner names all clients' public keys (--peers)" in made.logs[-1]
 
 
-def test_a_sum_is_answered_for_the_experiment_and_round_that_was_trained(own, asked, account) -> None:  # noqa: F811
+def test_a_sum_is_answered_for_the_experiment_and_round_that_was_trained(made, asked) -> None:  # noqa: F811
     """Else a server could say another round, and another set, of the same changes."""
-    device = Device(own, account, lambda line: None, SecureSums(IDS[0], account.folder))
-    context, config = place(), secure(asked())
-    message = sent(config)
-    job = message.content[messages.CONFIG]
-    job[messages.SILENT] = job[messages.KEEPS] = True
-    reply = device(message, context)
+    device, context, config = made(), place(), secure(asked())
+    device.sums = SecureSums(IDS[0], device.account.folder)
+    reply = device(sent(config), context)
     assert len(reply.content[messages.ARRAYS]) == 0
 
-    def advertise(**changes) -> Message:
-        one = sent(config, "train.advertise")
+    def advertise(config=config, **changes) -> Message:
+        one = sent(config, "train.advertise", **changes)
         challenge = np.frombuffer(bytes(range(32)), np.uint8)
         one.content[messages.ARRAYS] = messages.record({"terms": Terms(3, 1.0, 20).to_array(), "challenge": challenge})
-        one.content[messages.CONFIG].update({messages.SILENT: True, messages.KEEPS: True} | changes)
         return one
 
-    other = replace(config, seed=config.seed + 1).to_json()
-    for changes in ({messages.ROUND: 2}, {messages.LINEAGE: "x"}, {messages.EXPERIMENT: other}):
-        with pytest.raises(RunError, match="another experiment or round than this device has trained in"):
-            device(advertise(**changes), context)
+    other = replace(config, seed=config.seed + 1)
+    for asks in (advertise(round=2), advertise(lineage="x"), advertise(other)):
+        assert refusal(device(asks, context)) is Reason.OUT_OF_TURN
     answer = messages.arrays_of(device(advertise(), context).content[messages.ARRAYS])
     assert answer["signature"].shape == (96,) and answer["keys"].shape == (3, 32)
     content = {
@@ -212,17 +208,17 @@ def test_devices_give_the_shares_of_one_set_only(federation, capsys) -> None:  #
     device = edge.device
 
     def without(k: int) -> Device:
-        made = device(k)
+        one = device(k)
         if k == 3:
 
             class Silent(Device):
                 def __call__(self, message, context):
                     if message.metadata.message_type == "train.mask":
-                        raise RunError("away")
+                        return Message(Error(2, "away"), reply_to=message)
                     return super().__call__(message, context)
 
-            made.__class__ = Silent
-        return made
+            one.__class__ = Silent
+        return one
 
     edge.device = without
     with pytest.raises((SystemExit, RunError)):
@@ -242,10 +238,10 @@ def test_a_round_that_is_taken_again_has_the_clients_that_it_had_or_ends(federat
     device = edge.device
 
     def broken(k: int) -> Device:
-        made = device(k)
+        one = device(k)
         if k == 3:
-            made.own = replace(made.own, model=("hf", "elsewhere"))  # it refuses to train
-        return made
+            one.own = replace(one.own, model=("hf", "elsewhere"))  # it refuses to train
+        return one
 
     edge.device = broken
     with pytest.raises((SystemExit, RunError)):

@@ -1,7 +1,7 @@
 """`fedlora-client`: a device's side of a federation, in one command.
 
     fedlora-client --superlink host:port --root-certificates ca.crt --key device.key --client 0 \\
-                   --data notes.jsonl --text text --model <folder> --epsilon 6 --state ~/.fedlora-client
+                   --data notes.jsonl --text text --classes no,yes --model <folder> --epsilon 6 --state ~/.fedlora-client
 
 It reads the data and the model, says what will be trained on and what will leave the device, and then connects.
 """
@@ -9,6 +9,7 @@ It reads the data and the model, says what will be trained on and what will leav
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ from typing import TYPE_CHECKING
 from fedlora import check, models
 from fedlora.check import ConfigError, RunError
 from fedlora.config import Config, DatasetConfig
-from fedlora.deploy.account import Account, Limits
+from fedlora.deploy.account import Account
+from fedlora.deploy.limits import GIGABYTE, Limits
 
 if TYPE_CHECKING:
     from fedlora.deploy.sums import SecureSums
@@ -39,25 +41,39 @@ def _run(arguments: argparse.Namespace) -> int:
         delta=check.below_one(**{"--delta": check.positive(**{"--delta": arguments.delta})}),
         clip=check.positive(**{"--clip": arguments.clip}),
         steps=check.positive(**{"--max-steps": arguments.max_steps}),
+        adjacency=arguments.adjacency,
+        rank=check.positive(**{"--max-rank": arguments.max_rank}),
+        threads=check.positive(**{"--max-threads": arguments.max_threads}),
+        clients=check.positive(**{"--max-clients": arguments.max_clients}),
+        rounds=check.positive(**{"--max-rounds": arguments.max_rounds}),
+        seconds=check.positive(**{"--max-seconds": arguments.max_seconds}),
+        memory=round(check.positive(**{"--memory": arguments.memory}) * GIGABYTE),
     )
     check.not_negative(**{"--client": arguments.client})
     data = DatasetConfig(
         name="files", path=str(arguments.data), test_fraction=0.0, text=arguments.text, image=arguments.image,
         label=arguments.label, columns=arguments.columns.split(",") if arguments.columns else [],
+        classes=arguments.classes.split(",") if arguments.classes else [],
     )  # fmt: skip
     if bool(data.text) == bool(data.image):
         raise ConfigError("--text and --image: name one column of the two, such as --text sentence")
-    account = Account(arguments.state, limits)
+    with contextlib.closing(Account(arguments.state, limits)) as account:
+        return _take_part(arguments, account, data)
+
+
+def _take_part(arguments: argparse.Namespace, account: Account, data: DatasetConfig) -> int:
     sums = _sums(arguments)
     agreed = _experiment(arguments.experiment) if arguments.experiment else None
 
     from fedlora.deploy import preview
-    from fedlora.deploy.device import Device, Holdings
+    from fedlora.deploy.device import Device
+    from fedlora.deploy.holdings import Holdings
 
     model = (arguments.model, None) if arguments.model in set(models.names()) - {"hf"} else ("hf", arguments.model)
     own = preview.data(Holdings(arguments.client, 0, data, model, arguments.device, arguments.cache, agreed))
     preview.experiment(own, account)
     preview.limits(account)
+    account.limits.bound_memory()
     if arguments.check:
         return 0
 
@@ -113,7 +129,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     reach.add_argument("--insecure", action="store_true", help="no TLS and no key, for tests on one machine")
     reach.add_argument(
-        "--wait", type=float, default=600.0, metavar="S", help="seconds to try a server out of reach (default: 600)"
+        "--wait",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="seconds to try a server that is out of reach or does not take this device yet (default: 600)",
     )
     own = parser.add_argument_group("this device")
     own.add_argument("--client", type=int, required=True, metavar="K", help="its number in the federation, from 0")
@@ -124,13 +144,16 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("--image", metavar="COLUMN", help="column of the image's path")
     own.add_argument("--label", default="label", metavar="COLUMN", help="column of the label (default: label)")
     own.add_argument("--columns", metavar="A,B", help="names of the columns, for a CSV or TSV without a header line")
+    own.add_argument(
+        "--classes", metavar="A,B", help="all labels of the federation (default: those of --experiment, or of the model)"
+    )
     own.add_argument("--model", default="vit_digits", metavar="MODEL", help="a Hugging Face folder, or vit_digits (default)")
     own.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     own.add_argument(
         "--cache", type=float, default=1.0, metavar="GB", help="for what frozen blocks make of the examples (default: 1)"
     )
     own.add_argument("--state", type=Path, default=Path.home() / ".fedlora-client", metavar="FOLDER",
-        help="ledger, seed, and what it keeps from round to round (default: ~/.fedlora-client)")  # fmt: skip
+        help="ledger, secret, and what it keeps from round to round (default: ~/.fedlora-client)")  # fmt: skip
     own.add_argument(
         "--port", type=int, default=9094, help="of the SuperNode on 127.0.0.1; one each for devices on one machine"
     )
@@ -144,10 +167,29 @@ def _parser() -> argparse.ArgumentParser:
     limits.add_argument(
         "--clip", type=float, default=1.0, metavar="C", help="largest bound on a record's gradient (default: 1)"
     )
+    limits.add_argument(
+        "--adjacency", default="add_remove", choices=("add_remove", "replace"),
+        help="what ε is about: a record more or less (default), or another record in its place",
+    )  # fmt: skip
     limits.add_argument("--max-steps", type=int, default=1000, metavar="N", help="local steps a round (default: 1000)")
     limits.add_argument(
         "--peers", type=Path, metavar="FILE", help="public keys of all clients, for aggregation=secure: one line each, K KEY"
     )
+    for name, kind, metavar, what in (
+        ("rank", int, "R", "rank of the adapters"),
+        ("threads", int, "N", "threads"),
+        ("clients", int, "N", "clients of the federation"),
+        ("rounds", int, "N", "rounds of an experiment"),
+        ("seconds", float, "S", "seconds for one message"),
+    ):
+        usual = getattr(Limits, name)
+        limits.add_argument(
+            f"--max-{name}", type=kind, default=usual, metavar=metavar, help=f"{what}, at most (default: {usual:g})"
+        )
+    limits.add_argument(
+        "--memory", type=float, default=Limits.memory / GIGABYTE, metavar="GB",
+        help=f"of this process (default: half of the machine's, {Limits.memory / GIGABYTE:.3g})",
+    )  # fmt: skip
     limits.add_argument("--experiment", type=Path, metavar="FILE", help="config.json of the only experiment to take part in")
     parser.add_argument("--check", action="store_true", help="check and say everything, and do not connect")
     return parser

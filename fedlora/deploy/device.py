@@ -1,126 +1,188 @@
-"""What a device makes of an experiment that it is sent: its own data, its own limits, nothing that is not the server's to say.
+"""A device: which messages it answers, in which order they are checked, and the one way to the work itself.
 
 The server says how to train (strategy, adapters, learning rate, privacy). The device's owner says on what, where, and how
-much privacy at least; an experiment that asks for less is refused before anything is trained.
+much at most. Until a piece of work is in the device's ledger, nothing of its examples is looked at.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from functools import partial
 
-import numpy as np
-from flwr.app import ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict, UserConfig
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MessageType, MetricRecord, RecordDict, UserConfig
 
-from clients.app import KEY, app
+from clients import app, asked
 from clients.start import LASTING
-from clients.task import local_steps, sampling_rate
-from fedlora import messages, seeds, workbench
-from fedlora.check import RunError
-from fedlora.config import CheckpointConfig, Config, DatasetConfig, EngineConfig, PartitionConfig
-from fedlora.data import partition
-from fedlora.deploy.account import Account
+from fedlora import messages, workbench
+from fedlora.config import CheckpointConfig
+from fedlora.deploy.account import EVALUATE, TRAIN, Account, Permit, Work
+from fedlora.deploy.experiment import Experiment
+from fedlora.deploy.holdings import Holdings, identity
+from fedlora.deploy.limits import beyond
 from fedlora.deploy.memory import Memory
-from fedlora.deploy.sums import SecureSums, needed, of_a_sum
+from fedlora.deploy.reasons import Reason, Refused, printable
+from fedlora.deploy.sums import SecureSums, needed
+from fedlora.engines.local import CLIENT_RAISED
+from fedlora.secure import ACTIONS
+from fedlora.workbench import Workbench
 
-PUBLIC = (messages.CLIENT, messages.EXAMPLES, "seconds", "cohort", "steps")  # what a private round tells besides its update
-NOT_ASKED = (
-    "name", "results", "overwrite", "plan", "save_merged", "deploy", "min_online", "patience", "device", "engine", "partition",
-    "dataset", "checkpoint",
-)  # fmt: skip
+PUBLIC = (messages.CLIENT, messages.EXAMPLES, "seconds", "steps")  # what a private round tells besides its update
+WORDS = 200  # characters of a digest or a lineage, at most
 
-
-@dataclass(frozen=True)
-class Holdings:
-    """What belongs to a device and never comes from the server."""
-
-    client: int  # its number in the federation
-    examples: int
-    data: DatasetConfig  # its file and columns
-    model: tuple[str, str | None]  # name and path of its base model
-    device: str  # auto, cpu or cuda
-    cache: float  # GB for what the frozen blocks make of its examples
-    agreed: Config | None = None  # the only experiment that it takes part in; None: any within its limits
+Does = Callable[[Message, Context], Message]
 
 
 class Device:
-    """Answers messages as the simulator's client does, or refuses them with a RunError whose sentence says why."""
+    """Answers messages as the simulator's client does, or refuses them with one of the fixed sentences of `Reason`.
+
+    What a later round begins with is on disk before the reply leaves. What serves within a round only is never written.
+    """
 
     def __init__(
         self, own: Holdings, account: Account, say: Callable[[str], object] = print, sums: SecureSums | None = None
     ) -> None:
         self.own, self.account, self.say, self.sums = own, account, say, sums
         self.memory = Memory(account.folder, say)
-        self._localised: dict[str, Config] = {}
+        self._experiment: Experiment | None = None  # the one that is kept
+        self._state = RecordDict()  # of the training in force
+        self._answered: set[str] = set()  # the further messages of it that had their answer
 
     def __call__(self, message: Message, context: Context) -> Message:
-        """The reply; `context.state` is changed as the ClientApp changes it.
+        """The reply, an error where the message is refused or fails. Why, in detail, goes to the device's own log."""
+        try:
+            with self.account.limits.in_time():
+                return self._answer(message, context)
+        except Refused as refused:
+            reason, details = refused.reason, str(refused)
+        except Exception as error:
+            reason, details = Reason.FAILED, f"{type(error).__name__}: {error}"
+        self.say(printable(f"not done ({reason.name.lower()}): {details}"))
+        return Message(Error(CLIENT_RAISED, reason.value), reply_to=message)
 
-        It lives as long as the Flower run. What a later round begins with is on disk before the reply leaves.
-        """
+    def _answer(self, message: Message, context: Context) -> Message:
+        """By the message's exact type. Flower's own routes, which know other spellings of a type, are not taken."""
         kind = message.metadata.message_type
-        place = UserConfig({"partition-id": self.own.client, messages.EXAMPLES: self.own.examples})
         if kind == MessageType.QUERY:
-            return app(message, _within(context, place))
-        job = message.content.config_records[messages.CONFIG]
-        config = self.localised(str(job[messages.EXPERIMENT]))
-        same_base(config, job)
-        key, round = identity(job), int(job[messages.ROUND])  # type: ignore[arg-type]
-        if config.aggregation == "secure":
-            needed(self.sums)
+            return app.query(message, self._context(context))
         if kind == MessageType.TRAIN:
-            place |= self.admit(config, job, message.metadata.run_id)
-            context.state = self.memory.newest(key, round - 1)
-        elif kind == MessageType.EVALUATE and math.isfinite(self.account.limits.epsilon):
-            raise RunError("this device keeps the accuracy on its own examples to itself, since no ε covers it")
-        elif kind == MessageType.EVALUATE:
-            context.state = self.memory.newest(key, round)
-        message.content[messages.CONFIG] = ConfigRecord(dict(job) | {messages.EXPERIMENT: config.to_json()})
-        own = _within(context, place)
-        reply = needed(self.sums)(app, message, own, key, round) if of_a_sum(kind) else app(message, own)
-        context.state = own.state
-        if kind == MessageType.TRAIN and config.aggregation == "secure":
-            needed(self.sums).began(own.state, key, round)
-        if kind == MessageType.TRAIN:
-            lasting = RecordDict({name: own.state[name] for name in LASTING if name in own.state})
-            self.memory.keep(key, round, lasting, goes_back(config.checkpoint, round))
-        if kind == MessageType.TRAIN and config.privacy.name == "record":
+            return self._train(message, context)
+        if kind == MessageType.EVALUATE:
+            return self._evaluate(message, context)
+        for action in asked.ACTIONS_KNOWN:
+            if kind == f"{MessageType.TRAIN}.{action}":
+                return self._further(action, message, context)
+        raise Refused(Reason.NOT_ANSWERED, f"a message of type {kind}")
+
+    def _train(self, message: Message, context: Context) -> Message:
+        experiment, job, arrays = self._read(message)
+        round = _round(job)
+        experiment.ensure_said(job, round, evaluating=False)
+        experiment.ensure_drawn(round)
+        sigma = experiment.noise(job)
+        bench = self._bench(experiment, job)
+        begun = experiment.begin(bench, job, arrays)
+        sums = needed(self.sums) if experiment.config.aggregation == "secure" else None
+        about = {"run": message.metadata.run_id, "clip": experiment.config.privacy.clip, "asked": experiment.name}
+        name = identity_of(experiment, job)
+        most = experiment.rounds if self.own.agreed is not None and sigma is not None else None
+        permit = self.account.admit(Work(TRAIN, name, round, about, most), sigma, experiment.rate, experiment.steps)
+        self._say_spent(round, experiment.steps, sigma)
+        self._answered.clear()
+        self._state = self.memory.newest(name, round - 1)
+        reply = self._work(permit, app.train, _sent(message, experiment, job, begun), context)
+        if sums:
+            sums.began(self._state, name, round)
+        lasting = RecordDict({name: self._state[name] for name in LASTING if name in self._state})
+        self.memory.keep(name, round, lasting, goes_back(experiment.config.checkpoint, round))
+        if sigma is not None:
             told = reply.content.metric_records[messages.METRICS]
             reply.content[messages.METRICS] = MetricRecord({name: told[name] for name in PUBLIC if name in told})
         return reply
 
-    def localised(self, experiment: str) -> Config:
-        """The experiment, checked again, with what is this device's own in it. Raises RunError where it cannot take part."""
-        if experiment not in self._localised:
-            self._localised = {experiment: localised(self.own, Config.from_json(experiment))}
-        return self._localised[experiment]
+    def _evaluate(self, message: Message, context: Context) -> Message:
+        if math.isfinite(self.account.limits.epsilon):
+            raise beyond("this device keeps the accuracy on its own examples to itself, since no ε covers it (--epsilon)")
+        experiment, job, arrays = self._read(message)
+        round, strategy = _round(job), experiment.strategy
+        experiment.ensure_said(job, round, evaluating=True)
+        if not strategy.fraction_evaluate or round % strategy.evaluate_every:
+            raise Refused(Reason.INCONSISTENT, f"an evaluation after round {round}, where the experiment has none")
+        bench = self._bench(experiment, job)
+        begun, name = experiment.begin(bench, job, arrays), identity_of(experiment, job)
+        about = {"run": message.metadata.run_id, "asked": experiment.name}
+        permit = self.account.admit(Work(EVALUATE, name, round, about), None, 1.0, 1)
+        self._state = self.memory.newest(name, round)
+        return self._work(permit, app.evaluate, _sent(message, experiment, job, begun), context)
 
-    def admit(self, config: Config, job: ConfigRecord, run: int) -> dict[str, Any]:
-        """Raises RunError for a round that the owner does not allow. The ledger has it when this returns.
+    def _further(self, action: str, message: Message, context: Context) -> Message:
+        """Of the training in force, once each, where the experiment's strategy asks for it."""
+        experiment, job, arrays = self._read(message)
+        round, permit = _round(job), self.account.in_force
+        experiment.ensure_said(job, round, evaluating=False)
+        name = identity_of(experiment, job)
+        if permit is None or (permit.work.kind, permit.work.experiment, permit.work.round) != (TRAIN, name, round):
+            raise Refused(Reason.OUT_OF_TURN, f"{action} of a training that is not the newest")
+        said = experiment.strategy.job(round)
+        if not said[messages.KEEPS] or said[messages.SILENT] != (action in ACTIONS) or action in self._answered:
+            raise Refused(Reason.OUT_OF_TURN, f"{action}, which this training is not asked for, or not again")
+        content = experiment.ask(self._bench(experiment, job), action, arrays)
+        self._answered.add(action)
+        does: Does = partial(app.answer, action)
+        if action in ACTIONS:
+            does = partial(needed(self.sums), does, experiment=name, round=round)
+        return self._work(permit, does, _sent(message, experiment, job, content), context)
 
-        What is returned belongs into the node configuration: the streams that the round's privacy rests on.
-        """
-        rate, steps, _ = work(self.own, config)
-        check(self.account, config, steps)
-        round = int(job[messages.ROUND])  # type: ignore[arg-type]
-        if config.privacy.name != "record":
+    def _work(self, permit: Permit, does: Does, message: Message, context: Context) -> Message:
+        """The one way to what a ClientApp does with examples, which takes the permit that the ledger has for it."""
+        self.account.ensure(permit)
+        own = self._context(context, {} if permit.key is None else {app.KEY: permit.key.hex()})
+        own.state = self._state
+        reply = does(message, own)
+        self._state = own.state
+        return reply
+
+    def _read(self, message: Message) -> tuple[Experiment, ConfigRecord, ArrayRecord]:
+        """What a message must consist of, and nothing else."""
+        if not message.has_content() or set(message.content) != {messages.CONFIG, messages.ARRAYS}:
+            raise Refused(Reason.MALFORMED, "it does not consist of a job and arrays")
+        job, arrays = message.content[messages.CONFIG], message.content[messages.ARRAYS]
+        if not isinstance(job, ConfigRecord) or not isinstance(arrays, ArrayRecord):
+            raise Refused(Reason.MALFORMED, "its records are of other kinds")
+        text = job.get(messages.EXPERIMENT)
+        if not isinstance(text, str):
+            raise Refused(Reason.MALFORMED, "it has no experiment")
+        if self._experiment is None or self._experiment.text != text:
+            self._experiment = Experiment(text, self.own, self.account.limits)
+            workbench.build_from.cache_clear()  # one experiment is kept, however many are sent
+        return self._experiment, job, arrays
+
+    def _bench(self, experiment: Experiment, job: ConfigRecord) -> Workbench:
+        """The workbench. Raises Refused where this device's base model has other frozen weights than the server's."""
+        bench = workbench.build(experiment.config)
+        own, theirs = bench.model.digest, _words(job, messages.BASE)
+        if theirs != own:
+            raise Refused(
+                Reason.OTHER_BASE,
+                f"this device's weights of {experiment.config.model.path or experiment.config.model.name} are others than the "
+                f"server's (SHA-256 {own[:12]}… and {theirs[:12]}…); give the device a copy of the server's model, by --model",
+            )
+        return bench
+
+    def _say_spent(self, round: int, steps: int, sigma: float | None) -> None:
+        if sigma is None:
             self.say(f"round {round}: {steps} steps, without privacy")
-            return {}
-        sigma = float(job[messages.NOISE][self.own.client])  # type: ignore[index]
-        serial = self.account.admit({"run": run, "round": round, "clip": config.privacy.clip}, sigma, rate, steps)
-        self.say(f"round {round}: {steps} steps with σ = {sigma:.4g}; with it ε = {self.account.spent:.4g} is spent")
-        return {KEY: seeds.derive(bytes.fromhex(self.account.secret), serial).hex()}
+        else:
+            self.say(f"round {round}: {steps} steps with σ = {sigma:.4g}; with it ε = {self.account.spent:.4g} is spent")
+
+    def _context(self, context: Context, key: dict[str, str] | None = None) -> Context:
+        place = UserConfig({"partition-id": self.own.client, messages.EXAMPLES: self.own.examples, **(key or {})})
+        return Context(context.run_id, context.node_id, place, RecordDict(), UserConfig())
 
 
-def identity(job: ConfigRecord) -> str:
-    """A name for what is asked, the same wherever the server goes on with it, and another where it begins anew."""
-    asked = _asked(Config.from_json(str(job[messages.EXPERIMENT])))
-    text = json.dumps([asked, job.get(messages.LINEAGE, "")], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+def identity_of(experiment: Experiment, job: ConfigRecord) -> str:
+    """The experiment's name within what a run and all that went on from it have in common."""
+    return identity(experiment.config, _words(job, messages.LINEAGE))
 
 
 def goes_back(config: CheckpointConfig, round: int) -> int:
@@ -130,64 +192,22 @@ def goes_back(config: CheckpointConfig, round: int) -> int:
     return max(0, (round - 1) // config.every - config.keep + 1) * config.every
 
 
-def localised(own: Holdings, config: Config) -> Config:
-    """The experiment as this device runs it. Raises RunError where it is not for this device, or not what was agreed to."""
-    if own.agreed is not None and _asked(config) != _asked(own.agreed):
-        raise RunError("the experiment is not the one that this device's owner agreed to by --experiment")
-    if config.model.name != own.model[0]:
-        raise RunError(f"this device holds the model {own.model[0]}, the experiment has model={config.model.name}")
-    if own.client >= config.clients:
-        raise RunError(f"this device is client {own.client}, and the experiment has clients={config.clients}")
-    if bool(config.dataset.text) != bool(own.data.text):
-        raise RunError(f"this device holds {'text' if own.data.text else 'images'}, the experiment is about the other")
-    return replace(
-        config,
-        dataset=replace(own.data, classes=config.dataset.classes),
-        model=replace(config.model, path=own.model[1]),
-        partition=PartitionConfig(name="own", sizes=[own.examples] * config.clients),
-        engine=EngineConfig(name="inline", cohort="1", prefix_cache=own.cache),
-        device=own.device,
-        deploy=config.deploy or "none",  # the experiment that was agreed to may be a simulation's
-    ).checked()
+def _sent(message: Message, experiment: Experiment, job: ConfigRecord, arrays: dict) -> Message:
+    """The message made anew of what was checked, so that nothing else of it goes any further."""
+    checked = dict(job) | {messages.EXPERIMENT: experiment.config.to_json()}
+    message.content = RecordDict({messages.ARRAYS: messages.record(arrays), messages.CONFIG: ConfigRecord(checked)})
+    return message
 
 
-def work(own: Holdings, config: Config) -> tuple[float, int, int]:
-    """(q, steps a round, training examples) of this device in an experiment."""
-    kept, _ = partition.holdout(np.arange(own.examples), config.evaluate.holdout, config.seed, own.client)
-    return sampling_rate(config.train.batch_size, len(kept)), local_steps(config.train, len(kept)), len(kept)
+def _round(job: ConfigRecord) -> int:
+    round = job.get(messages.ROUND)
+    if type(round) is not int:
+        raise Refused(Reason.MALFORMED, "it has no round")
+    return round
 
 
-def check(account: Account, config: Config, steps: int) -> None:
-    """Raises RunError where an experiment asks for less privacy, or for more work, than the owner allows."""
-    limits, privacy = account.limits, config.privacy
-    if steps > limits.steps:
-        raise RunError(f"this device takes at most {limits.steps} steps a round (--max-steps), the experiment asks for {steps}")
-    if math.isinf(limits.epsilon):
-        return
-    if privacy.name != "record":
-        raise RunError(f"this device trains with privacy=record only (--epsilon), the experiment has privacy={privacy.name}")
-    if privacy.clip > limits.clip:
-        raise RunError(
-            f"this device clips at {limits.clip:g} or below (--clip), the experiment has privacy.clip={privacy.clip:g}"
-        )
-    if privacy.delta > limits.delta:
-        raise RunError(f"this device allows δ = {limits.delta:g} (--delta), the experiment has privacy.delta={privacy.delta:g}")
-
-
-def same_base(config: Config, job: ConfigRecord) -> None:
-    """Raises RunError where this device's base model has other frozen weights than the server's."""
-    own = workbench.build(config).model.digest
-    if (theirs := job.get(messages.BASE, own)) != own:
-        raise RunError(
-            f"this device's weights of {config.model.path or config.model.name} are others than the server's "
-            f"(SHA-256 {own[:12]}… and {str(theirs)[:12]}…); give the device a copy of the server's model, by --model"
-        )
-
-
-def _asked(config: Config) -> dict[str, Any]:
-    """What an experiment asks of a device, whoever runs it and where."""
-    return {key: value for key, value in asdict(config).items() if key not in NOT_ASKED} | {"classes": config.dataset.classes}
-
-
-def _within(context: Context, place: UserConfig) -> Context:
-    return Context(context.run_id, context.node_id, place, context.state, UserConfig())
+def _words(job: ConfigRecord, name: str) -> str:
+    text = job.get(name)
+    if not isinstance(text, str) or len(text) > WORDS:
+        raise Refused(Reason.MALFORMED, f"it has no {name}")
+    return text

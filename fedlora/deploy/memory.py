@@ -20,6 +20,7 @@ from fedlora.check import RunError
 
 KEPT = "kept"
 EXPERIMENTS = 8  # that something is kept of: those that trained last, since a device is not told that one is over
+ROUNDS = 100  # of an experiment, the newest, however far a server says that it may go back
 DIGEST = hashlib.sha256().digest_size
 
 
@@ -48,18 +49,20 @@ class Memory:
         """Put on disk what a round has left, if anything.
 
         Of later rounds, which the server has gone back before, nothing stays; of earlier ones what is needed where it goes
-        back to the end of round `back`. Raises RunError where it cannot be written.
+        back to the end of round `back`, `ROUNDS` at most. Raises RunError where it cannot be written.
         """
         files = self._files(experiment)
         try:
             if state:
                 content, path = messages.to_bytes(state), self._path(experiment, round)
-                path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                for folder in (self.folder, path.parent):
+                    folder.mkdir(exist_ok=True, mode=0o700)
                 disk.write(path, hashlib.sha256(content).digest() + content, mode=0o600)
                 files[round] = path
             oldest = max((number for number in files if number <= back), default=0)
+            newest = sorted(number for number in files if number <= round)[-ROUNDS:]
             for number, path in files.items():
-                if number > round or number < oldest:
+                if number not in newest or number < oldest:
                     path.unlink()
             others = [folder for folder in self.folder.glob("*/") if folder.name != experiment]
             for folder in sorted(others, key=lambda folder: -folder.stat().st_mtime)[EXPERIMENTS - 1 :]:

@@ -34,11 +34,12 @@ from flwr.supercore.interceptors import (
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message, push_task_output
 
-from fedlora.engines.local import raised
+from fedlora.deploy.reasons import printable
 
 POLL = 0.2  # seconds from one look for a message to the next
+RETRY = 5.0  # seconds from one try to connect to the next
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
-Answer = Callable[[Message, Context], Message]
+Answer = Callable[[Message, Context], Message]  # an error reply where it fails; it does not raise
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Connection:
     root_certificates: Path | None  # None: those of the system
     key: Path | None  # the device's private key
     insecure: bool
-    wait: float  # seconds to try a SuperLink that is out of reach
+    wait: float  # seconds to try a SuperLink that is out of reach, or that does not take this device yet
     port: int  # on 127.0.0.1
 
 
@@ -66,7 +67,7 @@ class Node:
         file.unlink(missing_ok=True)
         with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as opened:
             opened.write(self.secret)
-        self.process = subprocess.Popen([*self._command(), "--superexec-auth-secret-file", str(file)], preexec_fn=_ends_with_us)
+        self._start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -76,7 +77,31 @@ class Node:
         self.process.kill()
 
     def serve(self, answer: Answer) -> int:
-        """Do what messages ask for until the SuperNode ends; returns its exit status."""
+        """Do what messages ask for until the SuperNode ends for good; returns its exit status.
+
+        A SuperLink takes a device that was killed for connected until it misses its heartbeats, about a minute, and refuses it
+        as it refuses a key that it does not know. So a SuperNode that ends in the first `wait` seconds is started again.
+        """
+        deadline = time.monotonic() + self.connection.wait
+        while True:
+            self._serve(answer)
+            status, left = int(self.process.returncode), deadline - time.monotonic()
+            if not status or left < RETRY:
+                return status
+            print(
+                f"{self.connection.superlink} did not take this device: its key is not registered, or it still counts as "
+                f"connected from before; trying again for {left:.0f} s",
+                flush=True,
+            )
+            time.sleep(RETRY)
+            self._start()
+
+    def _start(self) -> None:
+        file = self.folder / "runtime-secret"
+        self.process = subprocess.Popen([*self._command(), "--superexec-auth-secret-file", str(file)], preexec_fn=_ends_with_us)
+
+    def _serve(self, answer: Answer) -> None:
+        """Until this SuperNode ends."""
         signing = SuperExecAuthHttpInterceptor(master_secret=self.secret, protected_methods={ACQUIRE})
         with contextlib.closing(self._client(RuntimeVersionHttpInterceptor(component_name="SuperExec"), signing)) as client:
             request = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
@@ -89,7 +114,6 @@ class Node:
                     self._perform(str(task.token), answer)
                 else:
                     time.sleep(POLL)
-        return int(self.process.returncode)
 
     def _perform(self, token: str, answer: Answer) -> None:
         versioned = RuntimeVersionHttpInterceptor(component_name="flwr-clientapp")
@@ -98,11 +122,11 @@ class Node:
             beat.start()
             try:
                 message, context, _, _ = pull_task_input(client)  # the code that came along is left alone
-                reply, status, details = _answered(answer, message, context)
+                reply = answer(message, context)
                 push_message(client, reply, context)
-                push_task_output(client, context, status, details)
-            except httpx.HTTPError as error:  # the run was stopped meanwhile, most likely
-                print(f"a message was not answered: {error}", file=sys.stderr)
+                push_task_output(client, context, "failed" if reply.has_error() else "completed", "")
+            except Exception as error:  # the run was stopped meanwhile, most likely; or its bytes are no message
+                print(printable(f"a message was not answered: {error}"), file=sys.stderr)  # the SuperNode does, in a minute
             finally:
                 beat.stop()
 
@@ -126,17 +150,6 @@ class Node:
         if about.key:
             command += ["--auth-supernode-private-key", str(about.key)]
         return command
-
-
-def _answered(answer: Answer, message: Message, context: Context) -> tuple[Message, str, str]:
-    """The reply, and what to say of the task; an exception becomes an error reply with its sentence."""
-    try:
-        return answer(message, context), "completed", ""
-    except Exception as error:
-        reply = raised(message, error)
-        sentence = str(reply.error.reason)
-        print(sentence, file=sys.stderr)
-        return reply, "failed", sentence
 
 
 def _alive(client: RuntimeHttpClient) -> bool:

@@ -11,19 +11,43 @@ import psutil
 from fedlora.check import ConfigError
 from fedlora.config import Config
 from fedlora.deploy.account import Account
-from fedlora.deploy.device import Holdings, check, localised, work
+from fedlora.deploy.holdings import Holdings, localised, work
 from fedlora.terminal import say, size
+
+NEIGHBOURS = {"add_remove": "added or removed", "replace": "replaced by another"}  # by the adjacency of ε
 
 
 def data(own: Holdings) -> Holdings:
-    """Reads the device's file and says what is in it; returns the holdings with their number. Raises ConfigError."""
+    """Reads the device's file and says what is in it; returns the holdings with their number.
+
+    Raises ConfigError for a file that cannot be read, for one with other classes than its owner declared, and where those
+    are neither declared nor known.
+    """
     from fedlora.data import files
 
-    dataset = files.load(own.data, 0)
+    declared = own.data.classes or _known(own)
+    try:
+        dataset = files.load(replace(own.data, classes=declared), 0)
+    except ConfigError as error:
+        raise ConfigError(f"--data and its columns and --classes (here dataset.…): {error}") from error
+    if not declared:
+        found = ",".join(dataset.classes)
+        raise ConfigError(
+            f"--classes is missing; name all labels of the federation. {own.data.path} has --classes {found:.200}"
+        )
     counts = Counter(dataset.classes[label] for label in dataset.train.labels.tolist())
-    shown = ", ".join(f"{name} × {counts[name]}" for name in dataset.classes[:10]) + (", …" if len(counts) > 10 else "")
+    shown = ", ".join(f"{name} × {counts[name]}" for name in dataset.classes[:10]) + (
+        ", …" if len(dataset.classes) > 10 else ""
+    )
     say(f"data: {own.data.path}, {len(dataset.train)} examples ({shown}); they stay here")
     return replace(own, examples=len(dataset.train), data=replace(own.data, classes=dataset.classes))
+
+
+def _known(own: Holdings) -> list[str]:
+    """The classes where the owner need not declare them: of the experiment that was agreed to, or of a model with its own."""
+    if own.agreed is not None:
+        return own.agreed.dataset.classes
+    return [] if own.model[0] == "hf" else [str(digit) for digit in range(10)]
 
 
 def limits(account: Account) -> None:
@@ -33,8 +57,15 @@ def limits(account: Account) -> None:
         say("privacy: none demanded (--epsilon inf); an update may tell what is in the data")
     else:
         left = f"spent so far: {account.spent:.4g} in {len(account.rows)} rounds"
-        say(f"privacy: ε ≤ {allowed.epsilon:g} at δ = {allowed.delta:g} for each record, clip ≤ {allowed.clip:g}; {left}")
-    say(f"ledger and seed: {account.folder}")
+        if math.isinf(account.spent):
+            left += ", some without privacy (--epsilon inf): no budget is left for these data"
+        protected = NEIGHBOURS[allowed.adjacency]
+        say(f"privacy: ε ≤ {allowed.epsilon:g} at δ = {allowed.delta:g} for each record, {protected}; {left}")
+    say(
+        f"at most: clip {allowed.clip:g}, {allowed.steps} steps, rank {allowed.rank}, {allowed.threads} threads, "
+        f"{allowed.seconds:g} s a round, {size(allowed.memory)} of memory"
+    )
+    say(f"ledger and secret: {account.folder}")
 
 
 def experiment(own: Holdings, account: Account) -> None:
@@ -50,7 +81,8 @@ def experiment(own: Holdings, account: Account) -> None:
     config = localised(own, own.agreed or _usual(own))
     rate, steps, examples = work(own, config)
     if own.agreed is not None:
-        check(account, config, steps)
+        account.limits.allow(config)
+        account.limits.allow_steps(steps)
     bench, strategy = workbench.build(config), whole.make_strategy(config)
     state = whole.initial_state(bench, strategy)
     weights = sum(p.numel() * p.element_size() for p in bench.model.peft.parameters())
@@ -80,12 +112,7 @@ def experiment(own: Holdings, account: Account) -> None:
 def _usual(own: Holdings) -> Config:
     """The default experiment on data like the device's."""
     base = Config(clients=own.client + 1, deploy="none")
-    labels = own.data.classes if own.model[0] == "hf" else [str(digit) for digit in range(10)]
-    return replace(
-        base,
-        model=replace(base.model, name=own.model[0], path=own.model[1]),
-        dataset=replace(own.data, path=None, classes=labels),
-    )
+    return replace(base, model=replace(base.model, name=own.model[0], path=own.model[1]), dataset=own.data)
 
 
 def _sigma(config: Config, rate: float, steps: int, rounds: int) -> float:

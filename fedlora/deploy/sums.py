@@ -14,7 +14,8 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from clients.start import BEGUN, TRAINED
 from fedlora import messages
 from fedlora.check import RunError
-from fedlora.secure import ACTIONS, Identity, Sets
+from fedlora.deploy.reasons import Reason, Refused
+from fedlora.secure import Identity, Sets
 
 SUMS = "sums.jsonl"
 ASKED = "asked"  # record of a client's own state: what it has trained for
@@ -57,15 +58,11 @@ class SecureSums:
         return reply
 
 
-def of_a_sum(kind: str) -> bool:
-    """Whether a message of this type belongs to a secure sum."""
-    return kind.startswith("train.") and kind.removeprefix("train.") in ACTIONS
-
-
 def needed(sums: SecureSums | None) -> SecureSums:
-    """Raises RunError on a device whose owner has not said who the others are."""
+    """Raises Refused on a device whose owner has not said who the others are."""
     if sums is None:
-        raise RunError("this device takes part in secure sums only where its owner names all clients' public keys (--peers)")
+        reason = "this device takes part in secure sums only where its owner names all clients' public keys (--peers)"
+        raise Refused(Reason.BEYOND_LIMITS, reason)
     return sums
 
 

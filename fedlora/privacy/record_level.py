@@ -153,13 +153,17 @@ def noise_multipliers(config: PrivacyConfig, clients: list[Client], rounds: int,
     if config.noise_multiplier is not None:
         return [config.noise_multiplier] * len(clients)
     assert config.epsilon is not None  # the configuration was checked
-    counted = {"worst": rounds, "expected": max(1, round(rounds * fraction))}
     jobs = {
-        number: (client.rate, client.steps * max(1, counted.get(config.participation, client.rounds)))
+        number: (client.rate, client.steps * rounds_counted(config.participation, client.rounds, rounds, fraction))
         for number, client in enumerate(clients)
     }
     sigmas = calibrate(config.epsilon, config.delta, jobs, config.accountant, config.adjacency)
     return [sigmas[number] for number in range(len(clients))]
+
+
+def rounds_counted(participation: str, drawn: int, rounds: int, fraction: float) -> int:
+    """The rounds that σ is derived for, of a client that the schedule draws in `drawn` of them; see `noise_multipliers`."""
+    return max(1, {"worst": rounds, "expected": round(rounds * fraction)}.get(participation, drawn))
 
 
 def _span(values: list[float] | list[int]) -> str:
