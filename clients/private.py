@@ -24,7 +24,7 @@ from fedlora.check import RunError
 from fedlora.lowrank import Adapters, Pair
 from fedlora.messages import rotation
 from fedlora.models.adapted import AdaptedModel
-from fedlora.models.dropout import ByRecord, dropped
+from fedlora.models.dropout import ByRecord, dropouts, dropped
 from fedlora.models.encode import Encoded, moved
 from fedlora.models.layout import Layout
 from fedlora.seeds import Stream
@@ -170,6 +170,7 @@ class PrivateStep:
     descent: PrivateDescent
     physical: int
     dropout: bytes  # 32, the key of this training's masks
+    dropouts: list[nn.Dropout]
     step: int = 0
 
     def __call__(self, batch: np.ndarray, lr: float) -> Tensor:
@@ -178,7 +179,7 @@ class PrivateStep:
         parts = [batch[start : start + self.physical] for start in range(0, len(batch), self.physical)]
         for number, part in enumerate(parts):
             inputs = self.examples.batch(part, self.model.device)
-            with dropped(self.model.peft, ByRecord(self.dropout, self.step, part)):
+            with dropped(self.dropouts, ByRecord(self.dropout, self.step, part)):
                 output = self.model.forward(inputs)
             output.loss.backward()  # the mean over the part, which the hooks take apart again
             losses.append(output.loss.detach().expand(len(part)))
@@ -234,7 +235,7 @@ def hooked(
 ) -> Iterator[PrivateStep]:
     """A `PrivateStep`; Opacus' hooks sit in the model only as long as it lasts."""
     with hooks(model):
-        yield PrivateStep(model, examples, parameters, descent, physical, dropout)
+        yield PrivateStep(model, examples, parameters, descent, physical, dropout, dropouts(model.peft))
 
 
 def flatten(parameters: list[nn.Parameter]) -> nn.Parameter:

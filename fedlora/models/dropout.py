@@ -8,7 +8,7 @@ its own.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -66,11 +66,16 @@ class ByRecord:
         mask.copy_(torch.from_numpy(kept).view(mask.shape))
 
 
+def dropouts(model: nn.Module) -> list[nn.Dropout]:
+    """The modules by which PEFT drops the adapters' inputs."""
+    named = [module for name, module in model.named_modules() if name.endswith("lora_dropout.default")]
+    return [module for module in named if isinstance(module, nn.Dropout)]
+
+
 @contextmanager
-def dropped(model: nn.Module, masks: Masks) -> Iterator[None]:
-    """While this lasts, PEFT's dropout modules in the model take these masks for a pass, in the order of their calls."""
-    modules = [module for name, module in model.named_modules() if name.endswith("lora_dropout.default")]
-    acting: list[Any] = [module for module in modules if module.training and isinstance(module, nn.Dropout) and module.p]
+def dropped(modules: Sequence[nn.Dropout], masks: Masks) -> Iterator[None]:
+    """While this lasts, those of the modules that act take these masks for a pass, in the order of their calls."""
+    acting: list[Any] = [module for module in modules if module.training and module.p]
     calls = itertools.count(1)
 
     def forward(share: float) -> Any:
