@@ -142,6 +142,12 @@ def test_what_has_no_bound_is_refused(small, capsys, settings, words) -> None:
 # ---- calibration, ledger
 
 
+def test_the_numbers_of_the_docs() -> None:
+    usual, sigma = (calibration.noise_multiplier(3.0, DELTA, 0.1, 100, "prv", kind) for kind in accounting.ADJACENCIES)
+    assert (usual, sigma) == pytest.approx((1.68, 2.78), abs=0.01)
+    assert replaced({(usual, 0.1): 100}) == pytest.approx(5.36, abs=0.02)
+
+
 def test_calibrated_noise_spends_the_target() -> None:
     jobs = {0: (0.1, 30), 1: (1.0, 30), 2: (0.02, 200)}
     sigmas = calibration.calibrate(3.0, DELTA, jobs, adjacency="replace")
@@ -171,7 +177,8 @@ def spent_by_users(sampling: str, z: float = Z, rounds: int = R) -> float:
 
 
 def test_the_three_samplings() -> None:
-    poisson, fixed, none = (spent_by_users(sampling) for sampling in SAMPLING)
+    poisson, fixed, none = spent = [spent_by_users(sampling) for sampling in SAMPLING]
+    assert spent == pytest.approx([6.57, 18.08, 66.78], abs=0.01)  # as docs/privacy.md has it
     assert poisson == epsilon({(Z, Q): R}, USER_DELTA, adjacency="replace") < fixed < none
     assert none == gaussian({(Z / 2, 1.0): R}, USER_DELTA)
     assert all(spent_by_users(sampling) > user_epsilon(Z, K, M, R, USER_DELTA, sampling) for sampling in SAMPLING)
