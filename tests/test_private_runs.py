@@ -11,7 +11,7 @@ from flwr.app import ConfigRecord
 import strategies
 from clients.private import Mechanism
 from clients.task import Task, simulated_key
-from fedlora import cli, engines, experiment, lowrank, messages, plan, records, workbench
+from fedlora import cli, engines, experiment, lowrank, messages, plan, records, seeds, workbench
 from fedlora.config import Config
 from fedlora.privacy.accounting import epsilon
 from tests.conftest import ROOT
@@ -41,6 +41,7 @@ def fit(cells: list[Config]) -> list[dict[str, np.ndarray]]:
             job = ConfigRecord({messages.EXPERIMENT: cell.to_json()})
             if guard is not None:
                 strategy.admit, strategy.release = guard.admit, guard.release
+                guard.key = lambda purpose, round, *more: seeds.private_key(purpose, round)  # the cells' own would differ
                 job[messages.NOISE] = guard.noise_multipliers
             strategy.start(grid, messages.pack(state.adapters, state.dense), cell.rounds, train_config=job)
             adapters, head = messages.fold(strategy.state.adapters, strategy.state.dense)
