@@ -197,7 +197,7 @@ def test_a_lost_ledger_and_a_round_before_those_that_are_known_are_refused(quick
 
 def test_the_numbers_of_a_summary_are_those_that_are_checked(quick) -> None:  # noqa: F811
     summary = report.summarise(quick(), [])
-    assert {*folder.ALWAYS, *folder.PERHAPS} | {"strategy", "seed"} == set(summary)
+    assert {*folder.ALWAYS, *folder.PERHAPS} | {"strategy", "seed", "privacy"} == set(summary)
 
 
 @pytest.mark.parametrize("which", ["broken off", "finished"])
