@@ -23,6 +23,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from fedlora.check import fraction, one_of
+from fedlora.untrusted import Malformed
 
 METHODS = ("none", "float16", "int8", "int4", "top_k")
 LEVELS = {"int8": 127, "int4": 7}  # the largest code
@@ -30,6 +31,7 @@ LARGEST = 1e38  # leaves a scale that is rounded up room within float32
 MARK = "|"  # stands in no name of a parameter
 
 Arrays = dict[str, np.ndarray]
+Shapes = Mapping[str, tuple[int, ...]]  # of arrays by name
 
 
 def encode(arrays: Mapping[str, np.ndarray], method: str, share: float) -> Arrays:
@@ -64,19 +66,20 @@ def encode(arrays: Mapping[str, np.ndarray], method: str, share: float) -> Array
     return encoded
 
 
-def decode(encoded: Mapping[str, np.ndarray]) -> Arrays:
+def decode(encoded: Mapping[str, np.ndarray], shapes: Shapes | None = None) -> Arrays:
     """The arrays by their own names, those that were encoded in float32, whatever dtype they had; plain arrays as they are.
 
-    Raises ValueError, one sentence naming the array, for an unknown method, a wrong dtype, bytes too few or too many, indices
-    that are out of range or do not rise, numbers that are not finite, an array sent twice. Shapes are the sender's word: the
-    receiver compares them with its own.
+    `shapes` are those that encoded arrays must have, by their own names. Without them shapes are the sender's word, and top_k
+    is refused, whose few bytes may claim gigabytes; what the other methods give is at most eight times as long as its bytes.
+    Raises Malformed, one sentence naming the array, for an unknown method, a wrong dtype or shape, bytes too few or too many,
+    indices that are out of range or do not rise, numbers that are not finite, an array sent twice.
     """
     decoded: Arrays = {}
     for sent, array in encoded.items():
         name, marked, method = sent.partition(MARK)
         if name in decoded:
-            raise ValueError(f"{name} was sent twice")
-        decoded[name] = _decoded(name, array, method) if marked else array
+            raise Malformed(f"{name} was sent twice")
+        decoded[name] = _decoded(name, array, method, shapes) if marked else array
     return decoded
 
 
@@ -96,7 +99,7 @@ def encode_with_feedback(
             raise ValueError(f"{name} has shape {arrays[name].shape} and its residual {residual[name].shape}")
         wanted[name] = arrays[name].astype(np.float64) + residual[name]
     encoded = encode({name: wanted.get(name, array).astype(array.dtype) for name, array in arrays.items()}, method, share)
-    decoded = decode(encoded)
+    decoded = decode(encoded, {name: array.shape for name, array in arrays.items()})
     left = {
         name: (wanted.get(name, array) - decoded[name].astype(np.float64)).astype(np.float32)
         for name, array in arrays.items()
@@ -147,25 +150,36 @@ def _largest_entries(values: np.ndarray, share: float) -> np.ndarray:
     return _buffer(values.shape, flat[indices].astype("<f4"), indices.astype(_index_type(flat.size)))
 
 
-def _decoded(name: str, array: np.ndarray, method: str) -> np.ndarray:
+def _decoded(name: str, array: np.ndarray, method: str, shapes: Shapes | None) -> np.ndarray:
     if method not in METHODS[1:]:
-        raise ValueError(f"{name} is encoded by {method!r}, which is not known")
+        raise Malformed(f"{name} is encoded by {method!r}, which is not known")
+    if shapes is not None and name not in shapes:
+        raise Malformed(f"{name} is unknown")
     if method == "float16":
         if array.dtype != np.float16:
-            raise ValueError(f"{name} is encoded as {array.dtype} instead of float16")
+            raise Malformed(f"{name} is encoded as {array.dtype} instead of float16")
+        shape, content = array.shape, array
+    else:
+        shape, content = _content(name, array)
+    if shapes is not None and shape != shapes[name]:
+        raise Malformed(f"{name} has shape {shape} instead of {shapes[name]}")
+    if method == "float16":
         return _finite(name, array.astype(np.float32))
-    shape, content = _content(name, array)
-    return _scattered(name, shape, content) if method == "top_k" else _dequantised(name, shape, content, method)
+    if method != "top_k":
+        return _dequantised(name, shape, content, method)
+    if shapes is None:
+        raise Malformed(f"{name} is encoded by top_k, which only clients do")
+    return _scattered(name, shape, content)
 
 
 def _dequantised(name: str, shape: tuple[int, ...], content: np.ndarray, method: str) -> np.ndarray:
     lines, length = _grid(name, shape)
     size = lines * length
     if content.size != 4 * lines + (size if method == "int8" else (size + 1) // 2):
-        raise ValueError(f"{name} of shape {shape} has {content.size} bytes, which {method} cannot give")
+        raise Malformed(f"{name} of shape {shape} has {content.size} bytes, which {method} cannot give")
     scales, codes = content[: 4 * lines].view("<f4"), content[4 * lines :].view(np.int8)
     if not np.all(scales >= 0):
-        raise ValueError(f"{name} has a scale that is negative or NaN")
+        raise Malformed(f"{name} has a scale that is negative or NaN")
     if method == "int4":
         halves = codes.view(np.uint8)
         codes = np.stack([halves & 15, halves >> 4], axis=1).ravel()[:size].astype(np.int8) - np.int8(8)
@@ -179,10 +193,10 @@ def _scattered(name: str, shape: tuple[int, ...], content: np.ndarray) -> np.nda
     index_type = _index_type(math.prod(shape))
     count, over = divmod(content.size, 4 + index_type.itemsize)
     if over or not count:
-        raise ValueError(f"{name} of shape {shape} has {content.size} bytes, which top_k cannot give")
+        raise Malformed(f"{name} of shape {shape} has {content.size} bytes, which top_k cannot give")
     indices = content[4 * count :].view(index_type).astype(np.int64)
     if indices[-1] >= math.prod(shape) or np.any(np.diff(indices) <= 0):
-        raise ValueError(f"{name} has indices that are out of range, repeated or out of order")
+        raise Malformed(f"{name} has indices that are out of range, repeated or out of order")
     values = np.zeros(math.prod(shape), np.float32)
     values[indices] = _finite(name, content[: 4 * count].view("<f4"))
     return values.reshape(shape)
@@ -196,14 +210,14 @@ def _buffer(shape: tuple[int, ...], *parts: np.ndarray) -> np.ndarray:
 def _content(name: str, array: np.ndarray) -> tuple[tuple[int, ...], np.ndarray]:
     """The shape that the bytes begin with, and the bytes after it."""
     if array.dtype != np.uint8 or array.ndim != 1:
-        raise ValueError(f"{name} is encoded as {array.dtype} of shape {array.shape} instead of flat uint8")
+        raise Malformed(f"{name} is encoded as {array.dtype} of shape {array.shape} instead of flat uint8")
     axes = int(array[:4].view("<u4")[0]) if array.size >= 4 else -1
     words = array[4 : 4 * (1 + axes)]
     if axes < 0 or words.size != 4 * axes:
-        raise ValueError(f"{name} ends within its shape, after {array.size} bytes")
+        raise Malformed(f"{name} ends within its shape, after {array.size} bytes")
     shape = tuple(int(length) for length in words.view("<u4"))
     if axes > 32 or not 0 < math.prod(shape) < 2**32:
-        raise ValueError(f"{name} has shape {shape}, which is empty or too large")
+        raise Malformed(f"{name} has shape {shape}, which is empty or too large")
     return shape, array[4 * (1 + axes) :]
 
 
@@ -224,5 +238,5 @@ def _index_type(size: int) -> np.dtype:
 
 def _finite(name: str, values: np.ndarray) -> np.ndarray:
     if not np.isfinite(values).all():
-        raise ValueError(f"{name} has numbers that are not finite")
+        raise Malformed(f"{name} has numbers that are not finite")
     return values

@@ -126,6 +126,8 @@ class ServerConfig:
     mean: str = setting("weighted", "of updates: weighted, median, trimmed (both coordinate by coordinate), or norm_filter")
     trim: float = setting(0.1, "trimmed: share of the clients cut off at each end")
     norm_factor: float = setting(3.0, "norm_filter: updates longer than this many times the median are left out")
+    max_weight: float = setting(1.0, "largest share of a cohort's weight that one client may have; 1: as its examples say")
+    max_update: float = setting(100.0, "an update longer than this many times the cohort's median is dropped; inf: none is")
     optimizer: str = setting("none", "of the server, on the merged factors: none, momentum (FedAvgM) or adam (FedAdam)")
     lr: float = setting(1.0, "of the server's optimiser")
     momentum: float = setting(0.9, "momentum: its share kept; adam: β1")

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -26,6 +25,7 @@ from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
+from fedlora import untrusted
 from fedlora.lowrank import Adapters, Pair
 
 ARRAYS, METRICS, CONFIG = "arrays", "metrics", "config"  # the records of a message
@@ -106,9 +106,9 @@ def pack(
     return record(named(adapters, dense, factors, correction))
 
 
-def arrays_of(record: ArrayRecord) -> dict[str, np.ndarray]:
-    """The arrays of a record by name, copied out of its bytes; raises ValueError for bytes that hold none."""
-    return {name: _from_wire(array) for name, array in record.items()}
+def arrays_of(record: ArrayRecord, most_bytes: int = 2**63) -> dict[str, np.ndarray]:
+    """The arrays of a record by name, copied out of its bytes; raises `untrusted.Malformed` for bytes that hold none."""
+    return untrusted.arrays(record, most_bytes)
 
 
 def unpack(record: ArrayRecord) -> Arrays:
@@ -117,13 +117,16 @@ def unpack(record: ArrayRecord) -> Arrays:
 
 
 def sort(arrays: Mapping[str, np.ndarray]) -> Arrays:
-    """The arrays by what they are, which their names say. Raises ValueError for half a correction."""
+    """The arrays by what they are, which their names say. Raises ValueError for half a correction, a factor of two names."""
     factors, base = Factors(), Factors()
     dense: dict[str, np.ndarray] = {}
     for name, array in arrays.items():
         layer, _, last = name.removesuffix(".weight").rpartition(".")
         if layer and last in ("lora_A", "lora_B", "base_A", "base_B"):
-            (factors if last.startswith("lora") else base).setdefault(layer, {})[last[-1]] = array
+            own = (factors if last.startswith("lora") else base).setdefault(layer, {})
+            if last[-1] in own:
+                raise ValueError(f"{layer}.{last} was sent twice")
+            own[last[-1]] = array
         else:
             dense[name] = array
     if half := [layer for layer, both in base.items() if len(both) < 2]:
@@ -152,9 +155,10 @@ def trained_arrays(adapters: Adapters, dense: Mapping[str, np.ndarray], trains: 
     return {key: array.astype(np.float64) for key, array in (named | {(n, ""): a for n, a in dense.items()}).items()}
 
 
-def norm(arrays: Named) -> float:
-    """The Euclidean norm of all of them together."""
-    return float(np.sqrt(sum(np.sum(array**2) for array in arrays.values())))
+def norm(arrays: Mapping[Any, np.ndarray]) -> float:
+    """The Euclidean norm of all of them together; infinite where a square overflows."""
+    with np.errstate(over="ignore"):
+        return float(np.sqrt(sum(np.sum(array**2) for array in arrays.values())))
 
 
 def update_of(state: ServerState, arrays: Named, examples: int) -> Update:
@@ -238,34 +242,11 @@ def _to_wire(array: np.ndarray) -> Array:
     return Array(dtype=name, shape=array.shape, stype="numpy.ndarray", data=header + array.tobytes())
 
 
-def _from_wire(array: Array) -> np.ndarray:
-    """A copy of the array that these bytes hold; raises ValueError for bytes that hold none."""
-    start = 10 + int.from_bytes(array.data[8:10], "little")
-    known = _npy_layout(array.data[:start])
-    if known is None:
-        return array.numpy()
-    dtype, shape = known
-    return np.frombuffer(array.data, dtype, math.prod(shape), start).reshape(shape).copy()
-
-
 @lru_cache(maxsize=4096)
 def _npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> tuple[str, bytes]:
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, {"descr": dtype.str, "fortran_order": False, "shape": shape})
     return str(dtype), buffer.getvalue()
-
-
-@lru_cache(maxsize=4096)
-def _npy_layout(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...]] | None:
-    """Data type and shape that a header tells of; None where it is not the plain kind that `_npy_header` writes."""
-    buffer = io.BytesIO(header)
-    try:
-        if np.lib.format.read_magic(buffer) != (1, 0):
-            return None
-        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(buffer)
-    except ValueError:
-        return None
-    return None if fortran_order or dtype.hasobject else (dtype, shape)
 
 
 def _like(own: np.ndarray, sent: np.ndarray | None, name: str) -> np.ndarray:
@@ -274,4 +255,5 @@ def _like(own: np.ndarray, sent: np.ndarray | None, name: str) -> np.ndarray:
         return own
     if sent.shape != own.shape:
         raise ValueError(f"{name} has shape {sent.shape} instead of {own.shape}")
-    return sent.astype(own.dtype, copy=False)
+    with np.errstate(over="ignore"):  # it is infinite then, which whoever reads it looks for
+        return sent.astype(own.dtype, copy=False)

@@ -33,6 +33,8 @@ def make_strategy(config: Config) -> LoRAStrategy:
         derive=True,
         encodes=(config.compression.down, config.compression.up, config.compression.top_k),
         round_timeout=config.round_timeout,
+        max_weight=config.server.max_weight,
+        max_update=config.server.max_update,
     )
     if strategy.personal and not config.evaluate.holdout:
         raise ConfigError(

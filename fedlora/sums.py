@@ -8,6 +8,7 @@ import numpy as np
 from flwr.app import ArrayRecord, Message
 
 from fedlora import messages
+from fedlora.untrusted import Malformed
 
 HIGH, LOW = "high/", "low/"  # what names of a sum's arrays begin with
 FEW = 4  # updates that take as many bytes as their sum, whose every coordinate is two float64
@@ -30,11 +31,19 @@ class Sum:
             self._take(name, np.multiply(array, examples, dtype=np.float64), 0.0)
         self.examples += examples
 
-    def join(self, sum: ArrayRecord, examples: int) -> None:
-        """Add the sum that `record` made somewhere else; an empty one adds examples, whose arrays are in another."""
-        for name, array in (arrays := messages.arrays_of(sum)).items():
-            if name.startswith(HIGH):
-                self._take(name.removeprefix(HIGH), array, arrays[LOW + name.removeprefix(HIGH)])
+    def join(self, sum: ArrayRecord, examples: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Add the sum that `record` made somewhere else; an empty one adds examples, whose arrays are in another.
+
+        Raises Malformed where it holds anything but two finite float64 arrays of each of these names and shapes.
+        """
+        arrays = messages.arrays_of(sum)
+        wanted = {prefix + name: shape for prefix in (HIGH, LOW) for name, shape in shapes.items()}
+        if arrays and {name: array.shape for name, array in arrays.items()} != wanted:
+            raise Malformed("a sum has other arrays than its clients were to send")
+        if not all(array.dtype == np.float64 and np.isfinite(array).all() for array in arrays.values()):
+            raise Malformed("a sum has numbers that are not finite or not float64")
+        for name in shapes if arrays else ():
+            self._take(name, arrays[HIGH + name], arrays[LOW + name])
         self.examples += examples
 
     def record(self) -> ArrayRecord:

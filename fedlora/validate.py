@@ -101,7 +101,8 @@ def _check_server(config: Config) -> None:
     server, compression = config.server, config.compression
     check.one_of(("weighted", "median", "trimmed", "norm_filter"), **{"server.mean": server.mean})
     check.one_of(("none", "momentum", "adam"), **{"server.optimizer": server.optimizer})
-    for name in ("lr", "norm_factor", "tau", "secure_bound"):
+    check.fraction(**{"server.max_weight": server.max_weight})
+    for name in ("lr", "norm_factor", "max_update", "tau", "secure_bound"):
         check.positive(**{f"server.{name}": getattr(server, name)})
     for name in ("momentum", "beta2"):
         check.below_one(**{f"server.{name}": getattr(server, name)})
@@ -118,6 +119,7 @@ def _check_server(config: Config) -> None:
         for setting, bad in (
             ("privacy=user", config.privacy.name == "user"),
             (f"server.mean={server.mean}", server.mean != "weighted"),
+            (f"server.max_weight={server.max_weight}", server.max_weight < 1),
             (f"compression.up={compression.up}", compression.up != "none"),
         ):
             if bad:

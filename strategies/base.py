@@ -17,22 +17,25 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 
-from fedlora import check, messages
+from fedlora import check, messages, untrusted
 from fedlora.check import ConfigError, RunError
 from fedlora.lowrank import Adapters
 from fedlora.messages import ServerState, Update
 from fedlora.participation import draw_cohort
+from fedlora.untrusted import Malformed
+from strategies.inbox import Inbox
 from strategies.metrics import client_metrics, geometry, signal_to_noise
+from strategies.replies import accuracy_of
 from strategies.report import RoundReport
 from strategies.rollcall import RollCall
 from strategies.secure import SecureMean
-from strategies.updates import average_dense
-from strategies.wire import Ask, Wire, whole
+from strategies.updates import average_dense, capped
+from strategies.wire import Ask, whole
 
 __all__ = ["FlowerFedAvg", "LoRAStrategy", "RoundReport"]
 
 
-class LoRAStrategy(Wire):
+class LoRAStrategy(Inbox):
     """Base of all strategies; usable in anybody's ServerApp, whose clients answer with PEFT's array names.
 
     Keywords besides Flower's own (`fraction_train`, `min_available_nodes`, …):
@@ -45,6 +48,8 @@ class LoRAStrategy(Wire):
     `round_timeout` is how many seconds further messages of a round are waited for (the first ones: Flower's `timeout`).
     With `derive` the clients are fedlora's own, which know how everything began: only what they cannot derive is sent down,
     `encodes` says how it is encoded, what they send, and for top_k the share of it.
+    `max_weight` is the share of a cohort's weight that one client may have at most, since examples are a client's own word. An
+    update longer than `max_update` times the median of its cohort's is left out and named.
     """
 
     def __init__(
@@ -62,6 +67,8 @@ class LoRAStrategy(Wire):
         derive: bool = False,
         encodes: tuple[str, str, float] = ("none", "none", 0.1),
         round_timeout: float = 3600.0,
+        max_weight: float = 1.0,
+        max_update: float = 100.0,
         **flower: Any,
     ) -> None:
         evaluated = flower.pop("fraction_evaluate", 0.0)
@@ -72,6 +79,7 @@ class LoRAStrategy(Wire):
         self.clients = clients
         self.min_success = check.fraction(min_success=min_success)
         self.ranks, self.derive, self.encodes, self.round_timeout = ranks, derive, encodes, round_timeout
+        self.max_weight, self.max_update = check.fraction(max_weight=max_weight), check.positive(max_update=max_update)
         if ranks is not None and self.unequal not in ("native", "padded"):
             raise ConfigError(f"adapter.ranks does not go with strategy={self.name}: {self.unequal}; give all clients one rank")
         self.state = None
@@ -93,7 +101,7 @@ class LoRAStrategy(Wire):
         # Called with the state that a round leaves, before anybody is sent it.
         self.settled: Callable[[int, ServerState], None] = lambda round, state: None
         self.roll = RollCall(patience, clients)
-        self._sent, self._job = [], ConfigRecord()
+        self._sent, self._tested, self._job = [], list[Message](), ConfigRecord()
         self._grid = None
         self._done = 0  # rounds before the first of `start`
         self._left_off: tuple[int, ServerState, Adapters] | None = None  # what `go_on` was given
@@ -151,6 +159,7 @@ class LoRAStrategy(Wire):
         server_round += self._done
         report, before, sends = self.report, self.state, self.sends(server_round)
         updates, merged = self._receive(replies, server_round)
+        updates, merged = capped(updates, self.max_weight), capped(merged, self.max_weight)
         if updates:
             ask = self._ask
             if self.sum_of:
@@ -172,10 +181,8 @@ class LoRAStrategy(Wire):
             merged = self._robust_mean(before, merged, sends)
         if self.release:
             merged = self.release(before, merged, server_round, sends)
-        self.state = self.merge(replace(before, dense=average_dense(merged)), merged, server_round)
-        if self.optimizer:
-            self.state = self.optimizer(before, self.state, sends)
-        self.state = self._derivable(before, self.state)
+        merged = capped(merged, self.max_weight)  # once more, of those that are left
+        self.state = self._merged(before, merged, server_round)
         self.settled(server_round, self.state)
         report.seconds_merge = time.perf_counter() - received_at
         report.metrics |= (
@@ -185,34 +192,63 @@ class LoRAStrategy(Wire):
         )
         return messages.pack(*whole(self.state)), MetricRecord(dict(report.metrics))
 
+    def _merged(self, before: ServerState, updates: list[Update], round: int) -> ServerState:
+        """The state after a round. Raises RunError where it holds a number that is not finite: no checkpoint is to have one."""
+        try:
+            with np.errstate(over="ignore", invalid="ignore"):
+                state = self.merge(replace(before, dense=average_dense(updates)), updates, round)
+                if self.optimizer:
+                    state = self.optimizer(before, state, self.sends(round))
+                state = self._derivable(before, state)
+        except np.linalg.LinAlgError as error:
+            raise RunError(f"round {round}: the updates cannot be merged ({error}); the state before it stays") from error
+        arrays = messages.named(*whole(state)) | state.extra
+        if wrong := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
+            raise RunError(
+                f"round {round}: the merged {wrong[0]} has numbers that are not finite; the state before it stays. "
+                "Lower train.lr or server.max_update, or set server.mean=median"
+            )
+        return state
+
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """Messages that ask every client to test the merged model on what it holds back, if fraction_evaluate is set."""
         server_round += self._done
         if self.fraction_evaluate == 0.0 or server_round % self.evaluate_every:
             return []
         nodes = self.roll.nodes(grid, self.min_available_nodes)
-        sent = self._messages(arrays, config, server_round, [nodes[c] for c in sorted(nodes)], MessageType.EVALUATE)
+        self._tested = self._messages(arrays, config, server_round, [nodes[c] for c in sorted(nodes)], MessageType.EVALUATE)
         if self.report is not None:
-            self.report.bytes_down += sum(messages.array_bytes(message.content) for message in sent)
-        return sent
+            self.report.bytes_down += sum(messages.array_bytes(message.content) for message in self._tested)
+        return self._tested
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Mean and spread over clients of their own accuracy: each client that tested counts once, whatever its size."""
-        results = [metrics for r in replies if r.has_content() for metrics in r.content.metric_records.values()]
-        tested = [m for m in results if "accuracy" in m and m.get(self.weighted_by_key)]
-        accuracies = np.array([m["accuracy"] for m in tested], dtype=float)
-        if accuracies.size == 0:
+        """Mean and spread over clients of their own accuracy: each client that tested counts once, whatever its size.
+
+        Of one that was asked and whose reply says no accuracy in [0, 1], the report says why.
+        """
+        if self.report is None:  # nothing was asked
             return None
+        report, tested, found = self.report, self._tested, dict[int, float]()
+        self._tested = []
+        for client, content in self._contents(replies, tested, report.untested):
+            try:
+                accuracy = accuracy_of(content, self.weighted_by_key)
+            except Malformed as reason:
+                report.untested[client] = untrusted.text(str(reason))
+                continue
+            if accuracy is not None:
+                found[client] = accuracy
+        if not found:
+            return None
+        report.client_accuracy = dict(sorted(found.items()))
+        accuracies = np.array(list(report.client_accuracy.values()))
         spread = {
             "client_accuracy_mean": float(accuracies.mean()),
             "client_accuracy_std": float(accuracies.std()),
             "client_accuracy_worst_decile": float(np.quantile(accuracies, 0.1)),
             "clients_evaluated": int(accuracies.size),
         }
-        if self.report is not None:
-            self.report.metrics |= spread
-            named = {int(m[messages.CLIENT]): m["accuracy"] for m in tested if messages.CLIENT in m}  # type: ignore[arg-type]
-            self.report.client_accuracy = dict(sorted(named.items()))  # type: ignore[arg-type]
+        report.metrics |= spread
         return MetricRecord(dict(spread))
 
     def summary(self) -> None:

@@ -4,13 +4,15 @@
     trimmed      mean of every coordinate without the `trim` share of the clients at each end     (the same)
     norm_filter  everybody's own but those that moved further than `factor` times the median move
 
-The first two count every client once, and give one update, which any strategy can merge; what a strategy makes of several
-clients' factors (LoRA-FAIR's correction) then has nothing to work on. The third composes with everything.
+All count every client once, since the examples that a client claims are its own word. The first two give one update, which
+any strategy can merge; what a strategy makes of several clients' factors (LoRA-FAIR's correction) then has nothing to work
+on. The third composes with everything.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from flwr.serverapp.strategy.fedtrimmedavg import trim_mean
@@ -30,11 +32,12 @@ def make(mean: str, trim: float = 0.1, factor: float = 3.0) -> Robust:
 
 
 def norm_filter(state: ServerState, updates: list[Update], sends: str, factor: float) -> list[Update]:
-    """The updates whose distance from the state is at most `factor` times the median distance."""
+    """The updates whose distance from the state is at most `factor` times the median distance, each counted once."""
     start = trained_arrays(state.adapters, state.dense, sends)
     sent = [trained_arrays(update.adapters, update.dense, sends) for update in updates]
     distances = np.array([norm({key: arrays[key] - array for key, array in start.items()}) for arrays in sent])
-    return [update for update, moved in zip(updates, distances, strict=True) if moved <= factor * np.median(distances)]
+    kept = distances <= factor * np.median(distances)
+    return [replace(update, examples=1) for update, near in zip(updates, kept, strict=True) if near]
 
 
 def _one(state: ServerState, updates: list[Update], sends: str, centre: Callable[[np.ndarray], np.ndarray]) -> list[Update]:

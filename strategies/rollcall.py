@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from flwr.app import Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
-from fedlora import messages
+from fedlora import messages, untrusted
 from fedlora.check import RunError
+from fedlora.untrusted import Malformed
+from strategies.replies import authored, client_of, examples_of
+
+MOST = 10**7  # examples that a client may claim, since the server keeps a list of them
+CURE = "give each device a number of its own (--client)"
 
 
 @dataclass
@@ -45,32 +50,38 @@ class RollCall:
         new = [node for node in sorted(nodes) if node not in self.client]
         asked = [Message(RecordDict(), node, MessageType.QUERY) for node in new]
         replies = grid.send_and_receive(asked, timeout=timeout or self.patience) if asked else ()
-        said = {reply.metadata.src_node_id: answer for reply in replies if (answer := answer_of(reply))}
+        said = dict(self._answers(replies, asked))
         self.named |= bool(said)
         if not self.named:
-            self.client |= {node: number for number, node in enumerate(new, len(self.client))}
+            unnamed = (node for node in new if node not in self.refused)
+            self.client |= {node: number for number, node in enumerate(unnamed, len(self.client))}
         holders = {client: node for node, client in self.client.items()}
-        for node in (node for node in new if node in said):
-            client: int = int(said[node][messages.CLIENT])  # type: ignore[arg-type]
-            if self.clients is not None and not 0 <= client < self.clients:
-                self._refuse(node, client, f"and there are clients={self.clients}, counted from 0")
+        for node, (client, examples) in sorted(said.items()):
+            says = f"it says that it is client {client}"
+            if self.clients is not None and client >= self.clients:
+                self._refuse(node, f"{says}, and there are clients={self.clients}, counted from 0; {CURE}")
             elif client in holders:
-                self._refuse(node, client, f"which is node {holders[client]}")
+                self._refuse(node, f"{says}, which is node {holders[client]}; {CURE}")
             else:
                 self.refused.pop(node, None)
                 self.client[node], holders[client] = client, node
-                if messages.EXAMPLES in said[node]:
-                    self.examples[client] = int(said[node][messages.EXAMPLES])  # type: ignore[arg-type]
+                if examples is not None:
+                    self.examples[client] = examples
         return any(node in self.refused for node in new)
 
-    def _refuse(self, node: int, client: int, why: str) -> None:
-        why = f"it says that it is client {client}, {why}; give each device a number of its own (--client)"
+    def _answers(self, replies: Iterable[Message], asked: list[Message]) -> Iterator[tuple[int, tuple[int, int | None]]]:
+        """(node, (client, number of its examples if it tells it)) of the answers that name a client."""
+        for node, reply in authored(replies, asked):
+            try:
+                client = client_of(reply.content) if reply.has_content() else None
+                if client is not None:
+                    says = messages.first(reply.content, MetricRecord) or MetricRecord()
+                    counted = messages.EXAMPLES in says
+                    yield node, (client, examples_of(says, messages.EXAMPLES, MOST) if counted else None)
+            except Malformed as error:
+                self._refuse(node, untrusted.text(str(error)))
+
+    def _refuse(self, node: int, why: str) -> None:
         if self.refused.get(node) != why:
             self.refused[node] = why
             self.say(f"node {node} takes no part: {why}")
-
-
-def answer_of(reply: Message) -> MetricRecord | None:
-    """What a reply says of the client that it is from, if it names one."""
-    metrics = messages.first(reply.content, MetricRecord) if reply.has_content() else None
-    return metrics if metrics is not None and messages.CLIENT in metrics else None

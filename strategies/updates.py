@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Mapping
 from dataclasses import replace
 
@@ -12,6 +13,8 @@ from fedlora import compression, lowrank, messages
 from fedlora.lowrank import Pair
 from fedlora.messages import ServerState, Update
 from fedlora.sums import Sum
+from fedlora.untrusted import Malformed
+from strategies.replies import MOST_EXAMPLES, examples_of, metrics_of
 
 MANY = 256  # clients in a cohort from which what grows with their number is left out, and a mean is summed as they come
 
@@ -54,31 +57,38 @@ def read_update(
 
     `sends` names the factors that it must send, with all dense arrays; None: it keeps its arrays. With `changes` the arrays
     are what it changed, to be added to those of `state`.
-    Raises ValueError for another shape, a missing or unknown array, NaN or infinity, or examples that cannot be counted.
+    Raises ValueError for whatever else came: another shape, a missing or unknown array, NaN or infinity, bytes that hold no
+    array, examples that cannot be counted.
     """
-    arrays, metrics = messages.first(content, ArrayRecord), messages.first(content, MetricRecord)
-    if arrays is None or metrics is None or weight_key not in metrics:
-        raise ValueError(f"the reply lacks its arrays or its {weight_key}")
+    record, metrics = messages.first(content, ArrayRecord), messages.first(content, MetricRecord)
+    if record is None or metrics is None or weight_key not in metrics:
+        raise Malformed(f"the reply lacks its arrays or its {weight_key}")
+    examples = examples_of(metrics, weight_key, MOST_EXAMPLES)
+    others = {name: value for name, value in metrics_of(metrics).items() if name != weight_key}
+    if sends is None:
+        return Update(client, examples, state.adapters, state.dense, others)
+    shapes = {name: array.shape for name, array in messages.named(state.adapters, state.dense).items()}
+    arrays = messages.arrays_of(record, most_bytes(shapes))
     adapters, dense = state.adapters, state.dense
-    if sends is not None:
-        factors, dense, _ = messages.sort(compression.decode(messages.arrays_of(arrays)))
-        dense = messages.complete_dense(dense, state.dense)
-        if sends or factors:
-            adapters = messages.complete(factors, state.adapters)
-        if changes:
-            dense = {name: state.dense[name] + array for name, array in dense.items()}
-            adapters = {layer: _added(state.adapters[layer], pair, factors.get(layer, ())) for layer, pair in adapters.items()}
-        for layer, sent in sorted(factors.items()):
-            if lacking := set(sends) - set(sent):
-                raise ValueError(f"{layer}.lora_{min(lacking)} is missing")
-        for name, array in messages.named(adapters, dense).items():
-            if not np.isfinite(array).all():
-                raise ValueError(f"{name.removesuffix('.weight')} has NaN or infinite entries")
-    examples = metrics[weight_key]
-    if isinstance(examples, list) or not (examples >= 1 and float(examples).is_integer()):
-        raise ValueError(f"{weight_key} is {examples}")
-    others = {k: float(v) for k, v in metrics.items() if k != weight_key and isinstance(v, int | float)}
-    return Update(client, int(examples), adapters, dense, others)
+    factors, sent, _ = messages.sort(compression.decode(arrays, shapes))
+    dense = messages.complete_dense(sent, state.dense)
+    if sends or factors:
+        adapters = messages.complete(factors, state.adapters)
+    if changes:
+        dense = {name: state.dense[name] + array for name, array in dense.items()}
+        adapters = {layer: _added(state.adapters[layer], pair, factors.get(layer, ())) for layer, pair in adapters.items()}
+    for layer, own in sorted(factors.items()):
+        if lacking := set(sends) - set(own):
+            raise Malformed(f"{layer}.lora_{min(lacking)} is missing")
+    for name, array in messages.named(adapters, dense).items():
+        if not np.isfinite(array).all():
+            raise Malformed(f"{name.removesuffix('.weight')} has NaN or infinite entries")
+    return Update(client, examples, adapters, dense, others)
+
+
+def most_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Bytes that a reply with arrays of these shapes may have: eight an entry and a header each, and something to spare."""
+    return 2**20 + sum(8 * math.prod(shape) + 1024 for shape in shapes.values())
 
 
 def _added(start: Pair, pair: Pair, changed: Container[str]) -> Pair:
@@ -90,6 +100,51 @@ def mean_of(total: Sum, state: ServerState) -> Update:
     factors, dense, _ = messages.sort(total.mean())
     adapters = messages.complete(factors, state.adapters) if factors else state.adapters
     return Update(-1, total.examples, adapters, messages.complete_dense(dense, state.dense))
+
+
+def distance(update: Update, start: ServerState) -> float:
+    """‖X − X_0‖ over everything that a client has now and that it was given; infinite where a square overflows float64."""
+    pairs = [(new, old) for name, pair in update.adapters.items() for new, old in zip(pair, start.adapters[name], strict=True)]
+    pairs += [(array, start.dense[name]) for name, array in update.dense.items()]
+    moved = (np.subtract(new, old, dtype=np.float64).ravel() for new, old in pairs if new is not old)
+    with np.errstate(over="ignore"):
+        return math.sqrt(sum(float(change @ change) for change in moved))
+
+
+def size_of(state: ServerState) -> float:
+    """The norm of all that a state holds, without its base correction; 1 where that is zero."""
+    return messages.norm(messages.trained_arrays(state.adapters, state.dense, "AB")) or 1.0
+
+
+def too_long(lengths: Mapping[int, float], size: float, most: float) -> dict[int, str]:
+    """Client → why, of those whose update is longer than `most` times the cohort's median and than the state, of norm `size`.
+
+    The median is the lower one: of two clients, the shorter. A client alone has none beside it, and is held against `size`.
+    As long as fewer than half of the cohort mean harm, some honest client's length is the bound over `most`, or a longer one
+    is: nobody is left out for what another sent.
+    """
+    if not lengths:
+        return {}
+    middle = sorted(lengths.values())[(len(lengths) - 1) // 2] if len(lengths) > 1 else size
+    than = f"{most:g} times the median of {middle:.3g}" if len(lengths) > 1 else f"{most:g} times the model's {middle:.3g}"
+    return {
+        client: f"its update has norm {length:.3g}, more than server.max_update={than}"
+        for client, length in lengths.items()
+        if length > max(most * middle, size)
+    }
+
+
+def capped(updates: list[Update], most: float) -> list[Update]:
+    """The updates with examples counted so far that none has more than the share `most` of all, or 1/K where that is more."""
+    if most >= 1 or len(updates) < 2:
+        return updates
+    examples = np.array([update.examples for update in updates])
+    low, high = int(examples.min()), int(examples.max())
+    while low < high:  # the share of one that counts c examples rises with c
+        middle = (low + high + 1) // 2
+        fits = middle <= most * float(np.minimum(examples, middle).sum())
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return [replace(update, examples=min(update.examples, low)) for update in updates]
 
 
 def average_dense(updates: list[Update]) -> dict[str, np.ndarray]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Protocol
 
@@ -13,11 +13,10 @@ from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 
 from fedlora import compression, lowrank, messages
 from fedlora.lowrank import Adapters, Pair
-from fedlora.messages import ServerState, Update
-from fedlora.sums import Sum
+from fedlora.messages import ServerState
 from strategies.report import RoundReport
-from strategies.rollcall import RollCall, answer_of
-from strategies.updates import MANY, at_rank, in_scale, mean_of, read_update
+from strategies.rollcall import RollCall
+from strategies.updates import MANY, at_rank
 
 Contents = dict[int, dict[str, np.ndarray]]  # client → arrays by name
 Shapes = dict[str, tuple[int, ...]]  # of arrays by name
@@ -34,7 +33,7 @@ class Ask(Protocol):
 
 
 class Wire(FlowerFedAvg):
-    """The messages of a strategy: made for each client, read, checked, and counted.
+    """The messages of a strategy, made for each client; `strategies.inbox` reads what comes back.
 
     A subclass says by these what travels. The formulas are in its file.
     """
@@ -165,68 +164,6 @@ class Wire(FlowerFedAvg):
         order = {node: place for place, node in enumerate(nodes)}
         return sorted(made, key=lambda message: order[message.metadata.dst_node_id])
 
-    def _ask(self, action: str, contents: Contents, shapes: Shapes | None = None) -> Contents:
-        """See `Ask`."""
-        assert self.report is not None and self._grid is not None
-        nodes = {client: node for node, client in self.roll.client.items()}
-        # What is asked of several clients alike is one content, as a broadcast is.
-        asks = {
-            id(arrays): RecordDict({self.arrayrecord_key: messages.record(arrays), self.configrecord_key: self._job})
-            for arrays in contents.values()
-        }
-        asked = [
-            message
-            for client, arrays in contents.items()
-            for message in self._construct_messages(asks[id(arrays)], [nodes[client]], f"{MessageType.TRAIN}.{action}")
-        ]
-        self.report.bytes_down += sum(messages.array_bytes(message.content) for message in asked)
-        answers: Contents = {}
-        replies = self._grid.send_and_receive(asked, timeout=self.round_timeout)
-        for client, content in self._contents(replies, asked, answers):
-            record = messages.first(content, ArrayRecord)
-            if record is not None:
-                arrays = messages.arrays_of(record)
-                if wrong := [name for name, shape in (shapes or {}).items() if not fits(arrays.get(name), shape)]:
-                    what = f"{wrong[0]} in its answer to {action}"
-                    self.report.drops[client] = f"{what} is missing, not finite or of another shape"
-                else:
-                    answers[client] = arrays
-        for client in contents:
-            if client not in answers:
-                self.report.drops.setdefault(client, f"no answer to {action} in time")
-        return dict(sorted(answers.items()))
-
-    def _contents(
-        self, replies: Iterable[Message], sent: list[Message], taken: Container[int]
-    ) -> Iterator[tuple[int, RecordDict]]:
-        """Client and content of the replies to what was `sent`, as they come, their bytes counted; errors are named as drops.
-
-        A client that is `taken` by then has given its reply. Where a node was killed the SuperLink answers for it, so the
-        source of a reply says whose it is only on grids that give messages no ids.
-        """
-        assert self.report is not None
-        author = {message.metadata.dst_node_id: self.roll.client[message.metadata.dst_node_id] for message in sent}
-        asked, by_message = set(author.values()), None
-        for reply in replies:
-            if by_message is None:  # a grid gives messages their ids when they leave, which may be as late as now
-                ids = ((message.metadata.message_id, message.metadata.dst_node_id) for message in sent)
-                by_message = {number: author[node] for number, node in ids if number}
-            source = reply.metadata
-            client = by_message.get(source.reply_to_message_id) if by_message else self.roll.client.get(source.src_node_id)
-            if client is None or client not in asked or client in taken:
-                continue  # not a reply to these
-            if reply.has_error():
-                self.report.drops[client] = error_of(reply)
-                continue
-            if self.roll.named and (says := answer_of(reply)) and says[messages.CLIENT] != client:
-                self.report.drops[client] = f"it says that it is client {says[messages.CLIENT]} now; start the run again"
-                continue
-            if messages.SUM in reply.content:  # its arrays have as many bytes as those of anybody in this round
-                self.report.bytes_up += self._bytes_alone
-            else:
-                self.report.bytes_up += messages.array_bytes(reply.content)
-            yield client, reply.content
-
     @property
     def _adds(self) -> bool:
         """Whether updates may be added up on their way: our clients' own, where all send the same arrays as they are."""
@@ -243,53 +180,7 @@ class Wire(FlowerFedAvg):
         own = next(iter(self.state.adapters.values())).rank
         return own if self.ranks is None else self.ranks[self.roll.client[node]]
 
-    def _receive(self, replies: Iterable[Message], server_round: int) -> tuple[list[Update], list[Update]]:
-        """The usable updates in order of client, and what there is to merge; other replies are named in the report.
-
-        What there is to merge are the same updates; or, of a large cohort where nothing but the mean is needed, that mean
-        as one update, and of each client only what it measured.
-        """
-        assert self.state is not None and self.report is not None
-        ranks = {self.roll.client[m.metadata.dst_node_id]: self._rank(m.metadata.dst_node_id) for m in self._sent}
-        at = {rank: at_rank(self.state, rank) for rank in set(ranks.values())}
-        sends = self.sends(server_round)
-        total = Sum() if self.streams and len(ranks) >= MANY else None
-        updates: dict[int, Update] = {}
-        for client, content in self._contents(replies, self._sent, updates):
-            given, added = at[ranks[client]], messages.SUM in content
-            try:
-                expected = None if self.silent or added else sends
-                update = read_update(client, content, given, self.weighted_by_key, expected, self._changes)
-            except ValueError as reason:
-                self.report.drops[client] = str(reason)
-                continue
-            update = in_scale(update, given.scale, self.state, self.unequal == "padded")
-            if total is not None:
-                if added:
-                    total.join(content.array_records[messages.SUM], update.examples)
-                else:
-                    total.add(messages.named(update.adapters, update.dense, sends), update.examples)
-                update = replace(update, adapters={}, dense={})
-            updates[client] = update
-        for client in self.report.cohort:
-            if client not in updates:
-                self.report.drops.setdefault(client, "no reply in time")
-        self.report.drops = dict(sorted(self.report.drops.items()))  # replies come in any order
-        self._sent = []
-        in_order = [updates[client] for client in sorted(updates)]
-        return in_order, in_order if total is None else [mean_of(total, self.state)] if in_order else []
-
 
 def whole(state: ServerState) -> tuple[Adapters, dict[str, np.ndarray], str, Adapters]:
     """What `messages.pack` takes to send all of a state."""
     return state.adapters, state.dense, "AB", state.base_correction
-
-
-def fits(array: np.ndarray | None, shape: tuple[int, ...]) -> bool:
-    """Whether there is an array, of that shape, with nothing but numbers in it."""
-    return array is not None and array.shape == shape and bool(np.isfinite(array).all())
-
-
-def error_of(reply: Message) -> str:
-    """The last line of what a failed client says."""
-    return ((reply.error.reason or "").strip() or "error").splitlines()[-1]

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Any
+from unittest.mock import ANY
+
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, RecordDict
 
+from fedlora import compression
 from fedlora.check import ConfigError
-from fedlora.compression import LEVELS, METHODS, carried, decode, encode, encode_with_feedback
+from fedlora.compression import LEVELS, METHODS, carried, encode, encode_with_feedback
 from fedlora.messages import array_bytes
+from fedlora.untrusted import Malformed
 
 LOSSY = METHODS[1:]
 A, B, R = (f"layer.lora_{factor}.weight" for factor in "ABR")
 SHAPES = [(), (1,), (7,), (1, 1), (3, 5), (5, 3), (8, 64), (2, 3, 4), (1, 9), (9, 1), (257,)]
+
+
+class Believed(dict):
+    """Shapes of a receiver that believes every sender."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __missing__(self, name: str) -> Any:
+        return ANY
+
+
+def decode(encoded: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return compression.decode(encoded, Believed())
 
 
 def draw(shape: tuple[int, ...], seed: int = 0, dtype: type = np.float32) -> np.ndarray:
@@ -268,6 +287,21 @@ def test_malformed_bytes_are_refused_by_name(case: str) -> None:
     method, array, reason = MALFORMED[case]
     with pytest.raises(ValueError, match=f"^{A} .*{reason}"):
         decode({f"{A}|{method}": array})
+
+
+def test_a_shape_is_held_against_the_one_expected_before_anything_of_it_is_made() -> None:
+    """Ten bytes may claim 16 GB."""
+    claim = {f"{A}|top_k": flat(words(2, 2**16, 2**16 - 1) + floats(1) + words(7))}
+    for shapes, reason in (({A: (3, 5)}, "has shape (65536, 65535) instead of (3, 5)"), ({}, "is unknown"), (None, "top_k")):
+        with pytest.raises(Malformed) as error:
+            compression.decode(claim, shapes)
+        assert reason in str(error.value)
+    array = draw((3, 5))
+    for method in LOSSY:
+        sent = encode({A: array}, method, 0.3)
+        assert np.array_equal(compression.decode(sent, {A: (3, 5)})[A], decode(sent)[A])
+        with pytest.raises(Malformed, match=r"has shape \(3, 5\) instead of \(5, 3\)"):
+            compression.decode(sent, {A: (5, 3)})
 
 
 def test_an_array_sent_twice_is_refused() -> None:

@@ -13,11 +13,12 @@ from fedlora.engines import ray as on_ray
 from fedlora.lowrank import Pair
 from fedlora.messages import ServerState, Update
 from fedlora.sums import FEW, Sum, added
-from strategies import base, wire
+from strategies import base, inbox, wire
 from strategies.updates import average_dense, mean_of, shares
 from tests.test_engines import fit
 from tests.test_rounds import Client, StubGrid, honest, initial, make, outside_of_flower, play  # noqa: F401
 
+SHAPES = {"q.lora_B.weight": (6, 2), "h": (3,)}
 LINEAR = [name for name in strategies.names() if strategies.strategy_class(name).linear]
 
 
@@ -37,7 +38,7 @@ def test_a_sum_has_the_same_bits_in_any_order_and_those_of_the_mean() -> None:
             there = Sum()
             for k in part:
                 (total if seed % 2 else there).add(messages.named(sent[k].adapters, sent[k].dense, "B"), sent[k].examples)
-            total.join(there.record(), there.examples)
+            total.join(there.record(), there.examples, SHAPES)
         mean = mean_of(total, state)
         found.add((mean.adapters["q"].B.tobytes(), mean.dense["h"].tobytes(), mean.examples))
         naive.add(sum(sent[k].examples * sent[k].dense["h"] for k in order).tobytes())
@@ -49,12 +50,18 @@ def test_a_sum_has_the_same_bits_in_any_order_and_those_of_the_mean() -> None:
     assert mean.examples == sum(update.examples for update in sent)
 
 
+def many(monkeypatch) -> None:
+    """Two clients are many, to who sends and who reads."""
+    for module in (wire, inbox):
+        monkeypatch.setattr(module, "MANY", 2)
+
+
 @pytest.mark.parametrize("name", LINEAR)
 def test_a_cohort_that_is_summed_as_it_comes_gives_the_state_of_one_that_is_kept(name, monkeypatch) -> None:
     strategy = make(name)
     kept = play(strategy, StubGrid(honest()))[-1]
     whole = strategy.state
-    monkeypatch.setattr(wire, "MANY", 2)
+    many(monkeypatch)
     monkeypatch.setattr(base, "average_dense", lambda updates: _one(updates) or average_dense(updates))
     streamed = [make(name) for _ in range(3)]
     ends = [play(one, StubGrid(honest(), shuffle=seed))[-1] for seed, one in enumerate(streamed)]
@@ -75,7 +82,7 @@ def _one(updates: list[Update]) -> None:
 
 
 def test_a_strategy_that_needs_every_client_keeps_them_all(monkeypatch) -> None:
-    monkeypatch.setattr(wire, "MANY", 2)
+    many(monkeypatch)
     expected = play(make("lora_fair"), StubGrid(honest()))
     monkeypatch.undo()
     assert play(make("lora_fair"), StubGrid(honest())) == expected
@@ -83,6 +90,8 @@ def test_a_strategy_that_needs_every_client_keeps_them_all(monkeypatch) -> None:
 
 class Adding(StubGrid):
     """Adds replies to training up in two units, as two workers would, where the server allows it."""
+
+    own_clients = True
 
     def send_and_receive(self, messages, *, timeout=None):
         asked = list(messages)
@@ -107,7 +116,7 @@ def spoilt(number: int) -> Client:
 
 
 def test_updates_that_are_added_up_on_their_way_change_nothing_and_a_spoilt_one_is_still_named(monkeypatch) -> None:
-    monkeypatch.setattr(wire, "MANY", 2)
+    many(monkeypatch)
     ends, strategies_ = [], []
     for grid in (StubGrid(spoilt(8), 14), Adding(spoilt(8), 14, shuffle=1), Adding(spoilt(8), 14, shuffle=2)):
         strategies_.append(make("fedavg", derive=True, min_available_nodes=14))
@@ -122,7 +131,7 @@ def test_updates_that_are_added_up_on_their_way_change_nothing_and_a_spoilt_one_
 
 @pytest.mark.parametrize("settings", [{"derive": False}, {"encodes": ("none", "int8", 0.1)}, {"ranks": [1, 2] * 7}])
 def test_updates_that_do_not_add_up_are_not_added(settings, monkeypatch) -> None:
-    monkeypatch.setattr(wire, "MANY", 2)
+    many(monkeypatch)
     grid = StubGrid(honest(), 14)
     strategy = make("fedavg", **{"derive": True, "min_available_nodes": 14} | settings)
     sent = strategy.configure_train(1, initial(), ConfigRecord(), grid)
@@ -138,12 +147,12 @@ def test_a_few_updates_are_smaller_than_their_sum_and_stay_what_they_are() -> No
 
 def test_workers_that_add_up_give_the_bits_of_the_server_s_own_sum(small, monkeypatch) -> None:
     config = small(clients=12, clients_per_round=12, train__steps=1, engine__cohort="2")
-    monkeypatch.setattr(wire, "MANY", 2)
+    many(monkeypatch)
     monkeypatch.setattr(on_ray, "TURNS", 1)
     inline = fit(config, chosen=["fedavg", "fedsvd"])
     config.engine.name, config.engine.workers = "ray", 2
     joined, join = [], Sum.join
-    monkeypatch.setattr(Sum, "join", lambda self, sum, examples: joined.append(len(sum)) or join(self, sum, examples))
+    monkeypatch.setattr(Sum, "join", lambda self, sum, *rest: joined.append(len(sum)) or join(self, sum, *rest))
     monkeypatch.setattr(on_ray.RayGrid, "_may_play", lambda self: False)  # nor here, until workers are up
     assert fit(config, chosen=["fedavg", "fedsvd"]) == inline
     assert len(joined) == 2 * 2 * 12  # strategies, rounds, clients

@@ -80,6 +80,7 @@ class FlowerEngine:
             return pull(message_ids)
 
         grid.pull_messages = pull_messages
+        grid.own_clients = True  # as of `LocalGrid`, so that numbers are the same
         return grid
 
 

@@ -26,6 +26,8 @@ class LocalGrid(Grid):
     keeps nothing is not in it. It changes only with a reply: a client that is run again starts from the state it had.
     """
 
+    own_clients = True  # replies are made by this program: sums are taken, and large cohorts added up as they come
+
     def __init__(self, clients: int, app: str, cohort: int | None, on_reply: Callable[[int], None]) -> None:
         self.clients, self.app, self.on_reply = clients, load_app(app), on_reply
         self.cohort: int | Mapping[str, int] | None = cohort  # clients that share a pass, or so many by what they train
