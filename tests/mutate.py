@@ -74,7 +74,7 @@ def _array(content: RecordDict, rng: Rng) -> None:
         kind = ["<f4", "<f8", ">f4", "<f2", "<i8", "|u1", "|b1", "<c8", "<U3", "<M8[s]"][rng.integers(10)]
         with np.errstate(all="ignore"):
             filled = np.full(shape if rng.integers(2) else record[name].shape, value).astype("<f8")
-            record[name] = Array(np.nan_to_num(filled).astype(kind) if kind[1] not in "f" else filled.astype(kind))
+            record[name] = Array(np.asarray(filled if kind[1] == "f" else np.nan_to_num(filled)).astype(kind))
 
 
 def _stype(content: RecordDict, rng: Rng) -> None:

@@ -27,7 +27,8 @@ ALLOWED = {
     "fedlora.sums": {"fedlora.messages", "fedlora.untrusted"},
     "fedlora.participation": {"fedlora.seeds"},
     "fedlora.validate": {"fedlora.check", "fedlora.data", "fedlora.models", "fedlora.secure"},
-    "fedlora.config": {"fedlora.check", "fedlora.identity", "fedlora.validate"},
+    "fedlora.groups": set(),
+    "fedlora.config": {"fedlora.check", "fedlora.groups", "fedlora.identity", "fedlora.validate"},
     "fedlora.identity": {"strategies"},
     "fedlora.data": {"fedlora.check", "fedlora.seeds", "fedlora.config"},
     "fedlora.models": {

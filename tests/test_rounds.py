@@ -127,7 +127,7 @@ def honest(sends: str | None = None) -> Client:
         if kind == "query":
             return RecordDict({"metrics": MetricRecord({messages.CLIENT: number})})
         if kind == "evaluate":
-            return RecordDict({"metrics": MetricRecord({messages.EXAMPLES: number, "accuracy": number / 10})})
+            return RecordDict({"metrics": MetricRecord({messages.EXAMPLES: number, "accuracy": number % 10 / 10})})
         job, arrays = message.content.config_records[messages.CONFIG], message.content.array_records[messages.ARRAYS]
         if kind != "train":
             answer = asked.answer(kind.removeprefix("train."), number, state, job, messages.arrays_of(arrays))

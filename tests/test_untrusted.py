@@ -309,7 +309,7 @@ def test_a_sum_is_taken_from_this_program_s_own_clients_only(monkeypatch) -> Non
     content = RecordDict({"sum": forged.record(), "metrics": MetricRecord({messages.EXAMPLES: 1})})
     grid, strategy = Odd(content), make("fedavg", derive=True)
     strategy.start(grid, initial(), 1)
-    assert list(strategy.report.drops) == [2] and "is unknown" in strategy.report.drops[2]
+    assert list(strategy.report.drops) == [2] and "is missing" in strategy.report.drops[2]
     for damage in (
         lambda arrays: arrays.update({"high/head": np.full(3, np.nan)}),
         lambda arrays: arrays.update({"high/x": np.zeros(3)}),
