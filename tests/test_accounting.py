@@ -62,7 +62,7 @@ def pld(history: accounting.History, delta: float) -> float:
 def test_full_batches_against_the_exact_gaussian(sigma, steps, delta, exact) -> None:
     history = {(sigma, 1.0): steps}
     assert accounting.gaussian(history, delta) == pytest.approx(exact, abs=1e-6)
-    assert exact <= epsilon(history, delta) <= exact + 0.011
+    assert exact <= epsilon(history, delta) <= exact + 0.012
     assert epsilon(history, delta, "rdp") > exact
 
 
@@ -132,8 +132,8 @@ def test_more_steps_more_records_less_noise_cost_more(sigma, rate, steps, accoun
 @given(sigmas, rates, steps_taken)
 def test_the_bounds_come_in_their_order(sigma, rate, steps) -> None:
     history = {(sigma, rate): steps}
-    assert epsilon(history, DELTA) <= accounting.rdp(history, DELTA) + 0.011
-    assert epsilon(history, DELTA) <= accounting.gaussian(history, DELTA) + 0.011
+    assert epsilon(history, DELTA) <= accounting.rdp(history, DELTA) + 0.012
+    assert epsilon(history, DELTA) <= accounting.gaussian(history, DELTA) + 0.012
 
 
 @quick
@@ -218,7 +218,7 @@ def test_a_huge_epsilon_gets_a_looser_bound_at_once(sigma, rate) -> None:
         warnings.simplefilter("ignore", LooserBound)
         found = epsilon(history, DELTA)
     assert 30 < found <= accounting.gaussian(history, DELTA)
-    assert found <= epsilon(history, DELTA, "rdp") + 0.011
+    assert found <= epsilon(history, DELTA, "rdp") + 0.012
     assert time.process_time() - start < 15
 
 

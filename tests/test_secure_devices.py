@@ -191,6 +191,9 @@ def test_a_sum_is_answered_for_the_experiment_and_round_that_was_trained(made, a
         "keys": np.stack([answer["keys"]] * 3),
         "signatures": np.stack([answer["signature"]] * 3),
     }
+    again = messages.arrays_of(device(advertise(), context).content[messages.ARRAYS])  # without a client that was refused
+    assert not np.array_equal(again["keys"], answer["keys"])
+    content["keys"], content["signatures"] = np.stack([again["keys"]] * 3), np.stack([again["signature"]] * 3)
     share = sent(config, "train.share")
     share.content[messages.ARRAYS] = messages.record(content)
     refused = messages.arrays_of(device(share, context).content[messages.ARRAYS])

@@ -124,12 +124,13 @@ class Device:
         if permit is None or (permit.work.kind, permit.work.experiment, permit.work.round) != (TRAIN, name, round):
             raise Refused(Reason.OUT_OF_TURN, f"{action} of a training that is not the newest")
         said = experiment.strategy.job(round)
-        if not said[messages.KEEPS] or said[messages.SILENT] != (action in ACTIONS) or action in self._answered:
+        of_a_sum = action in ACTIONS  # which has an order of its own, and may begin again without a client
+        if not said[messages.KEEPS] or said[messages.SILENT] != of_a_sum or (action in self._answered and not of_a_sum):
             raise Refused(Reason.OUT_OF_TURN, f"{action}, which this training is not asked for, or not again")
         content = experiment.ask(self._bench(experiment, job), action, arrays)
         self._answered.add(action)
         does: Does = partial(app.answer, action)
-        if action in ACTIONS:
+        if of_a_sum:
             does = partial(needed(self.sums), does, experiment=name, round=round)
         return self._work(permit, does, _sent(message, experiment, job, content), context)
 

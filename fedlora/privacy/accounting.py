@@ -106,7 +106,7 @@ def checked(history: Mapping[tuple[float, float], int], delta: float) -> History
 def prv(history: History, delta: float) -> float:
     """ε by composing privacy loss distributions on a grid, as Opacus' PRVAccountant does, partly with its parts.
 
-    Guarantee: exact ≤ prv ≤ exact + 0.011 where 2²² points make a grid that is fine enough; beyond, a coarser one is taken
+    Guarantee: exact ≤ prv ≤ exact + 0.012 where 2²² points make a grid that is fine enough; beyond, a coarser one is taken
     and its larger error is in the answer, so that it stays an upper bound. What is followed is the removing of a record;
     adding one costs less in every case that the tests compare with dp-accounting, which takes both. Where numerics would
     void the bound it raises `OutOfReach`:

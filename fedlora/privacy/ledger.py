@@ -112,7 +112,7 @@ class Ledger:
             for client, rows in json.loads(text).items():
                 for row in rows:
                     ledger.spend(int(client), row["noise_multiplier"], row["sampling_rate"], row["steps"])
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise unknown(f"the privacy ledger is damaged ({error!r})") from error
         return ledger
 
