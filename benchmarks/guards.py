@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
-from functools import partial
 
 import numpy as np
 import torch
