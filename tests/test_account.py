@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -49,6 +50,16 @@ def test_a_round_is_on_disk_before_it_begins_and_is_found_again(account) -> None
     assert again.spent == spent > 0 and again.in_force is None
     again.admit(ROUND, *STEPS)  # the same round again counts again
     assert [row["number"] for row in again.rows] == [1, 2] and again.spent > spent
+
+
+def test_a_budget_is_counted_by_the_owners_own_adjacency(account) -> None:
+    account.admit(ROUND, *STEPS)
+    spent = account.spent
+    stricter = reopened(account, replace(LIMITS, adjacency="replace"))
+    assert stricter.spent == stricter.ledger.epsilon(0, 1e-5, adjacency="replace") > spent
+    assert stricter.after(*STEPS) > stricter.spent
+    with pytest.raises(Refused, match="above its own budget of 5"):
+        reopened(stricter, replace(LIMITS, adjacency="replace", epsilon=5.0)).admit(ROUND, *STEPS)
 
 
 def test_nothing_is_written_of_a_round_above_the_budget(account) -> None:
