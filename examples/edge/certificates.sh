@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A test CA, the server's certificate, and a key for each device:  certificates.sh FOLDER HOST DEVICE…
 #   certificates.sh keys 127.0.0.1 a b c      → keys/ca.crt, keys/server.pem, keys/server.key, keys/a, keys/a.pub, …
+# and keys/peers, in which a is client 0, b client 1, …: for fedlora-client --peers.
 # For tests: a real federation has its server's certificate from a CA that it trusts, and each device makes its own key.
 set -eu
 folder=$1 host=$2
@@ -15,7 +16,11 @@ openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-384 -nodes -subj "/CN=$host"
 printf 'subjectAltName=%s\n' "$name" > server.ext
 openssl x509 -req -in server.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days 365 -extfile server.ext -out server.pem 2>/dev/null
 rm server.csr server.ext
+number=0
+: > peers
 for device in "$@"; do
   ssh-keygen -q -t ecdsa -b 384 -N "" -C "$device" -f "$device"
+  echo "$number $(cat "$device.pub")" >> peers
+  number=$((number + 1))
 done
 echo "made in $folder: ca.crt (for everybody), server.pem and server.key (for the server), a key each for: $*"
