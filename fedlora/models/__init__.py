@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fedlora.models.base import Base
 
 # Modules of this package that are not models.
-_PARTS = {"adapted", "base", "encode", "layout", "prefix", "readout", "rows", "targets"}
+_PARTS = {"adapted", "base", "dropout", "encode", "layout", "prefix", "readout", "rows", "targets"}
 
 
 def names() -> list[str]:
