@@ -44,6 +44,11 @@ def fraction(**setting: float) -> Any:
     return _require(setting, lambda value: 0 < value <= 1, "must lie above 0 and be at most 1")
 
 
+def between(low: float, high: float, **setting: float) -> Any:
+    """The value of the one keyword, if it lies in [low, high]."""
+    return _require(setting, lambda value: low <= value <= high, f"must lie between {low:g} and {high:g}")
+
+
 def below_one(**setting: float) -> Any:
     """The value of the one keyword, if it lies in [0, 1)."""
     return _require(setting, lambda value: 0 <= value < 1, "must be at least 0 and below 1")

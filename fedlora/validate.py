@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fedlora.config import Config, DatasetConfig, EngineConfig, TrainConfig
 
 MOST_KEPT = 1000  # checkpoints
+LARGEST = 1e6  # of a learning rate, of alpha, of a noise multiplier: more only overflows
 
 
 def validate(config: Config) -> None:
@@ -26,7 +27,7 @@ def validate(config: Config) -> None:
     check.positive(**{"adapter.rank": config.adapter.rank})
     _check_ranks(config)
     _check_server(config)
-    check.positive(**{"adapter.alpha": config.adapter.alpha})
+    check.between(1e-12, LARGEST, **{"adapter.alpha": config.adapter.alpha})
     check.below_one(**{"adapter.dropout": config.adapter.dropout})
     check.positive(**{"evaluate.every": config.evaluate.every})
     check.positive(**{"evaluate.batch_size": config.evaluate.batch_size})
@@ -171,7 +172,7 @@ def _check_train(train: TrainConfig) -> None:
     else:
         check.positive(**{"train.steps": train.steps})
     check.positive(**{"train.batch_size": train.batch_size})
-    check.positive(**{"train.lr": train.lr})
+    check.between(1e-12, LARGEST, **{"train.lr": train.lr})
     check.one_of(("shuffle", "poisson"), **{"train.sampling": train.sampling})
     check.one_of(("sgd", "adamw"), **{"train.optimizer": train.optimizer})
     check.one_of(("constant", "linear", "cosine"), **{"train.schedule": train.schedule})
@@ -194,11 +195,13 @@ def _check_privacy(config: Config) -> None:
     check.one_of(("add_remove", "replace"), **{"privacy.adjacency": privacy.adjacency})
     check.positive(**{"privacy.delta": privacy.delta})
     check.below_one(**{"privacy.delta": privacy.delta})
-    check.positive(**{"privacy.clip": privacy.clip})
+    # Below it float32 cannot scale a gradient to the clip, and one record adds more than noise is made for.
+    if privacy.clip != math.inf:
+        check.between(1e-12, 1e30, **{"privacy.clip": privacy.clip})
     if privacy.epsilon is not None:
         check.positive(**{"privacy.epsilon": privacy.epsilon})
     if privacy.noise_multiplier is not None:
-        check.not_negative(**{"privacy.noise_multiplier": privacy.noise_multiplier})
+        check.between(0, LARGEST, **{"privacy.noise_multiplier": privacy.noise_multiplier})
     if privacy.name == "none":
         if privacy.epsilon is not None or privacy.noise_multiplier is not None:
             raise ConfigError("privacy.epsilon and privacy.noise_multiplier need privacy=record or user; add it or remove them")

@@ -651,7 +651,7 @@ def test_a_run_begins_when_each_number_has_a_device_of_its_own(small, monkeypatc
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0
     config, said = small(clients=2, clients_per_round=2, patience=1e-9), []
     devices, roll = Devices({7: (0, 20), 5: (0, 30), 9: (4, 40)}), RollCall(0.0, 2, said.append)
-    with pytest.raises(RunError, match="client 1 of clients=2 was not online"):
+    with pytest.raises(RunError, match="client 1 of clients=2 did not say who it is"):
         server.sizes(devices, config, roll)
     assert [line.split(";")[0] for line in said] == [
         "node 7 takes no part: it says that it is client 0, which is node 5",

@@ -131,7 +131,7 @@ class Device:
         self._answered.add(action)
         does: Does = partial(app.answer, action)
         if of_a_sum:
-            does = partial(needed(self.sums), does, experiment=name, round=round)
+            does = partial(needed(self.sums), does, experiment=name, round=round, settings=experiment.name)
         return self._work(permit, does, _sent(message, experiment, job, content), context)
 
     def _work(self, permit: Permit, does: Does, message: Message, context: Context) -> Message:

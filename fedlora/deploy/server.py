@@ -128,7 +128,7 @@ def sizes(grid: Grid, config: Config, roll: RollCall) -> list[int]:
             return [roll.examples[client] for client in range(config.clients)]
         if time.monotonic() > deadline:
             raise RunError(
-                f"client {absent[0]} of clients={config.clients} was not online within patience={config.patience:g} s; "
+                f"client {absent[0]} of clients={config.clients} did not say who it is within patience={config.patience:g} s; "
                 "start its device, or lower clients"
             )
         time.sleep(POLL)

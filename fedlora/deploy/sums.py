@@ -32,12 +32,19 @@ class SecureSums:
         state[ASKED] = _asked(experiment, round)
 
     def __call__(
-        self, answer: Callable[[Message, Context], Message], message: Message, context: Context, experiment: str, round: int
+        self,
+        answer: Callable[[Message, Context], Message],
+        message: Message,
+        context: Context,
+        experiment: str,
+        round: int,
+        settings: str,
     ) -> Message:
         """The reply to a message of a secure sum: that of `answer`, signed, or none where the sum must not be.
 
         A list of clients with keys that their peers have not signed, for this experiment and round, is answered by whose
-        they are. Raises RunError before a second set of clients is unmasked.
+        they are. Raises RunError before a second set of clients is unmasked, for the `settings` of the experiment and a round,
+        whatever run a server says that they belong to.
         """
         if context.state.config_records.get(ASKED) != _asked(experiment, round):
             raise RunError("a secure sum is asked for of another experiment or round than this device has trained in")
@@ -54,7 +61,7 @@ class SecureSums:
             answered["signature"] = self.identity.sign(answered["keys"], sum_)
             reply.content[messages.ARRAYS] = messages.record(answered)
         if action == "unmask":
-            self.sets.note(experiment, round, begun, content["alive"].tolist())
+            self.sets.note(settings, round, begun, content["alive"].tolist())
         return reply
 
 
