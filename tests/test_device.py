@@ -733,7 +733,7 @@ def test_ctrl_c_while_a_run_is_being_started_stops_it_too(flower, asked) -> None
 def test_records_come_home_whole_once_and_never_elsewhere(tmp_path) -> None:
     home, lines = tmp_path / "run", []
     (home / "adapter").mkdir(parents=True)
-    (home / "adapter" / "weights").write_bytes(bytes(range(256)) * 500)  # of several pieces
+    (home / "adapter" / "adapter_model.safetensors").write_bytes(bytes(range(256)) * 500)  # of several pieces
     (home / "rounds.jsonl").write_text('{"round": 0}\n{"round": 1}\n{"rou')
     sender = Sender(home, lines.append)
     print("hello", "there", file=sender)
@@ -747,7 +747,7 @@ def test_records_come_home_whole_once_and_never_elsewhere(tmp_path) -> None:
     for line in (*lines[:2], *lines):  # a log that is read again from its beginning
         assert receiver.take(line)
     assert said == ["hello there"] and rows == ['{"round": 0}', '{"round": 1}']
-    assert files == {"adapter/weights": bytes(range(256)) * 500}
+    assert files == {"adapter/adapter_model.safetensors": bytes(range(256)) * 500}
     for name in ("../x", "/etc/x", "a/../../x"):
         with pytest.raises(RunError, match="outside the results folder"):
             Receiver(said.append, rows.append, files.__setitem__).take(f"fedlora 0 end {name}\n")

@@ -5,21 +5,31 @@
     fedlora <number> part <name> <base64>          a piece of a file, in order
     fedlora <number> end <name>                    the file is whole
 
-Lines are numbered, so that a log that is read again from its beginning changes nothing.
+Lines are numbered, so that a log that is read again from its beginning changes nothing. Whoever runs the SuperLink may write
+any of them, so the receiver takes what it can bound and name, and nothing else.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from fedlora import untrusted
 from fedlora.check import RunError
-from fedlora.folder import ROUNDS
+from fedlora.folder import ADAPTER, CURVES, MERGED, PRIVACY, ROUNDS, SUMMARY
 
 MARK, PIECE = "fedlora", 48_000  # bytes of a file in one line
+HOME = (PRIVACY, ADAPTER, MERGED, CURVES, SUMMARY)  # what goes back besides the rounds; the mark of the end comes last
+# Within the two folders: no name that a program would run or unpickle.
+WITHIN = re.compile(
+    rf"({ADAPTER}|{MERGED})(/\w[\w.-]{{0,127}}){{0,3}}/\w[\w.-]{{0,127}}\.(safetensors|json|txt|model|jinja|md|vocab|bpe)", re.A
+)
+LONGEST_TEXT, LONGEST_LINE = 4000, 2**24  # characters that are shown of a line; and that a line, such as a round, may have
+MOST_BYTES = 2**32  # of all files of a run
 
 
 class Sender(io.TextIOBase):
@@ -72,22 +82,28 @@ class Sender(io.TextIOBase):
 
 
 class Receiver:
-    """Reads what a `Sender` says out of a log.
+    """Reads what a `Sender` says out of a log that anybody may have written.
 
-    What comes is only taken for what it says: a file whose name would leave the folder raises RunError.
+    Guarantee: `say` gets one line of printable characters; `row` a text of `LONGEST_LINE` characters at most; `file` a name
+    that a run's results have, within their folder, and `most_bytes` bytes at most of all files together. Whatever else comes
+    under our mark raises RunError.
     """
 
     def __init__(
-        self, say: Callable[[str], object], row: Callable[[str], object], file: Callable[[str, bytes], object]
+        self,
+        say: Callable[[str], object],
+        row: Callable[[str], object],
+        file: Callable[[str, bytes], object],
+        most_bytes: int = MOST_BYTES,
     ) -> None:
-        self.say, self.row, self.file = say, row, file
-        self._read = 0
-        self._parts: dict[str, list[bytes]] = {}
+        self.say, self.row, self.file, self.most_bytes = say, row, file, most_bytes
+        self._read = self._held = 0
+        self._parts: dict[str, bytearray] = {}
 
     def take(self, line: str) -> bool:
         """Acts on a line of the log; whether it was one of ours."""
         words = line.rstrip("\n").split(" ", 3)
-        if words[0] != MARK or len(words) < 3 or not words[1].isdecimal():
+        if words[0] != MARK or len(words) < 3 or not words[1].isdecimal() or len(words[1]) > 18:
             return False
         if int(words[1]) == self._read:
             self._read += 1
@@ -97,12 +113,36 @@ class Receiver:
     def _act(self, kind: str, rest: str) -> None:
         name, _, piece = rest.partition(" ")
         if kind == "say":
-            self.say(rest)
+            self.say(untrusted.text(rest, LONGEST_TEXT))
         elif kind == "row":
+            if len(rest) >= LONGEST_LINE:
+                raise RunError(
+                    f"the server sent a round of {LONGEST_LINE} characters or more; look into its folder of this run"
+                )
             self.row(rest)
         elif kind == "part":
-            self._parts.setdefault(name, []).append(base64.b64decode(piece))
-        elif Path(name).is_absolute() or ".." in Path(name).parts:
-            raise RunError(f"the server sent a file named {name}, which would lie outside the results folder")
+            self._part(_known(name), piece)
+        elif kind == "end":
+            self.file(_known(name), bytes(self._parts.pop(name, b"")))
         else:
-            self.file(name, b"".join(self._parts.pop(name, [])))
+            raise RunError(f"the server sent a line of the unknown kind {untrusted.text(kind, 20)}; has it another fedlora?")
+
+    def _part(self, name: str, piece: str) -> None:
+        try:
+            content = base64.b64decode(piece, validate=True)
+        except ValueError as error:  # other characters than ASCII too
+            raise RunError(f"the server sent a piece of {name} that is no base64; look into its folder of this run") from error
+        self._held += len(content)
+        if len(content) > PIECE or self._held > self.most_bytes:
+            most = f"{PIECE} bytes in a piece or {self.most_bytes} in all"
+            raise RunError(f"the server sent more of {name} than {most}; look into its folder of this run")
+        self._parts.setdefault(name, bytearray()).extend(content)
+
+
+def _known(name: str) -> str:
+    """The name, if it is one of a run's files. Raises RunError for any other."""
+    if name in (PRIVACY, CURVES, SUMMARY) or WITHIN.fullmatch(name):
+        return name
+    raise RunError(
+        f"the server sent a file named {untrusted.text(name, 100)}, which is none of a run's or lies outside the results folder"
+    )

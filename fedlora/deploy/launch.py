@@ -16,11 +16,11 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedlora import messages, report, terminal
+from fedlora import messages, report, terminal, untrusted
 from fedlora.check import RunError
 from fedlora.config import Config
-from fedlora.deploy.courier import Receiver
-from fedlora.folder import SUMMARY
+from fedlora.deploy.courier import LONGEST_LINE, LONGEST_TEXT, MOST_BYTES, Receiver
+from fedlora.folder import SUMMARY, is_summary
 from fedlora.interrupt import CtrlC
 from fedlora.records import Recorder
 
@@ -117,14 +117,15 @@ def bring(recorder: Recorder, number: str) -> str:
 
     def file(name: str, content: bytes) -> None:
         if name == SUMMARY:
-            recorder.close(_object(content))
+            recorder.close(_summary(content))
         else:
             recorder.put(name, content)
 
     with stopping(recorder.config, number):
         recorder.put(RUN, number.encode())
         recorder.begin()
-        ended = follow(recorder.config, number, Receiver(terminal.say, row, file))
+        room = MOST_BYTES * (16 if recorder.config.save_merged else 1)
+        ended = follow(recorder.config, number, Receiver(terminal.say, row, file, room))
     (recorder.folder / RUN).unlink()
     return ended
 
@@ -135,9 +136,22 @@ def _object(text: str | bytes) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(text)
         if not isinstance(content, dict):
             raise ValueError("it is no JSON object")
+        json.dumps(content, indent=2)  # as a summary is written: nothing that is nested too deep for it
     except (ValueError, RecursionError) as error:
-        raise RunError(f"the server sent records that cannot be read ({error}); look into its folder of this run") from error
+        raise RunError(
+            f"the server sent records that cannot be read ({untrusted.text(str(error))}); look into its folder of this run"
+        ) from error
     return content
+
+
+def _summary(content: bytes) -> dict[str, Any]:
+    """A summary that the server sent, its texts for a terminal. Raises RunError for what no run leaves."""
+    summary = _object(content)
+    if not is_summary(summary):
+        raise RunError("the server sent a summary that no run leaves; look into its folder of this run")
+    texts = {name: untrusted.text(summary[name], LONGEST_TEXT) for name in ("strategy", "reason") if summary.get(name)}
+    notes = {"notes": [untrusted.text(note, LONGEST_TEXT) for note in summary["notes"]]} if "notes" in summary else {}
+    return {"reason": ""} | summary | texts | notes if summary["status"] == "interrupted" else summary | texts | notes
 
 
 @contextmanager
@@ -164,7 +178,7 @@ def follow(config: Config, number: str, receiver: Receiver) -> str:
                 last = last if receiver.take(line) or not line.strip() else line.strip()
         about = _patiently(config.patience, "list", connection, "--run-id", number)["runs"][0]
         if str(about["status"]).startswith(ENDED):
-            return f"{about['status']}, {about['status-details'] or last}"
+            return untrusted.text(f"{about['status']}, {about['status-details'] or last}", LONGEST_TEXT)
 
 
 def _patiently(patience: float, *arguments: str) -> dict[str, Any]:
@@ -189,7 +203,7 @@ def _log(number: str, connection: str) -> Generator[str]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, **OWN_PROCESS) as process:
         assert process.stdout is not None
         try:
-            yield from process.stdout
+            yield from iter(lambda: process.stdout.readline(LONGEST_LINE), "")  # type: ignore[union-attr]
         finally:
             process.terminate()
 
@@ -203,7 +217,7 @@ def _answer(*arguments: str) -> dict[str, Any]:
         answer = {}
     if not answer.get("success"):
         said = str(answer.get("error-message") or done.stderr.strip() or done.stdout.strip()).strip().splitlines()
-        raise RunError(f"flwr {arguments[0]} failed: {said[-1] if said else 'no answer'}")
+        raise RunError(f"flwr {arguments[0]} failed: {untrusted.text(said[-1], LONGEST_TEXT) if said else 'no answer'}")
     return answer
 
 

@@ -27,16 +27,15 @@ from flwr.supercore.utils import get_flwr_home
 from fedlora import disk, messages, terminal
 from fedlora.check import ConfigError, RunError
 from fedlora.config import Config, EngineConfig
-from fedlora.deploy.courier import Sender
+from fedlora.deploy.courier import HOME, Sender
 from fedlora.engines.inline import InlineEngine
-from fedlora.folder import ADAPTER, CURVES, MERGED, PRIVACY, SUMMARY
+from fedlora.folder import SUMMARY
 from fedlora.records import Recorder, folder_name, run_name
 from strategies import LoRAStrategy
 from strategies.rollcall import RollCall
 
 POLL = 0.3  # seconds from one look for replies to the next
 STOPPING = 60.0  # seconds that a ServerApp whose run was stopped may take to notice: two heartbeats
-HOME = (PRIVACY, ADAPTER, MERGED, CURVES, SUMMARY)  # what goes back besides the rounds; the mark of the end comes last
 
 app = ServerApp()
 
