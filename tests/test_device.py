@@ -398,6 +398,20 @@ def test_a_round_that_takes_too_long_is_broken_off(made, asked, monkeypatch) -> 
     assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
+def test_arrays_that_take_more_than_a_part_of_the_owners_memory_are_refused_unread(made, asked) -> None:
+    """And encoded ones of another shape than the experiment's before anything of that shape is made."""
+    message = sent(asked())
+    size = messages.array_bytes(message.content)
+    assert refusal(made(replace(LIMITS, memory=4 * size - 4))(message, place())) is Reason.MALFORMED
+    assert f"{size} bytes of arrays are more than {size - 1}" in log(made)
+    claim = np.frombuffer(np.array([2, 64, 70000], "<u4").tobytes() + bytes(4 * 64 + 64 * 35000), np.uint8)
+    name = next(iter(message.content[messages.ARRAYS]))
+    encoded = sent(asked(compression__down="int4"))
+    encoded.content[messages.ARRAYS] = messages.record({f"{name}|int4": claim})
+    assert refusal(made()(encoded, place())) is Reason.MALFORMED and f"{name} has shape (64, 70000) instead of" in log(made)
+    assert not made(replace(LIMITS, memory=4 * size))(sent(asked()), place()).has_error()
+
+
 def test_more_memory_than_the_owner_allows_is_refused_and_the_device_lives(made, asked, monkeypatch) -> None:
     device, before = made(), resource.getrlimit(resource.RLIMIT_DATA)
     message, real = sent(asked()), app.train
