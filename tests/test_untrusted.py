@@ -56,12 +56,12 @@ def test_damaged_replies_to_secure_sums_and_to_the_roll_call(monkeypatch) -> Non
 
 @pytest.mark.parametrize("kind", ["<f8", "<f2", "<i8", "|b1"])
 def test_an_answer_of_another_type_of_numbers_costs_nobody_else(kind: str) -> None:
-    """One sketch in float64 made a basis of float64, which every other client then refused."""
+    """The first sketch, in float64, made a basis of float64, which every other client then refused."""
     others = honest()
 
     def client(number: int, message: Message) -> RecordDict | None:
         content = others(number, message)
-        if number == 2 and message.metadata.message_type in ("train.sketch", "train.project") and content is not None:
+        if number == 0 and message.metadata.message_type in ("train.sketch", "train.project") and content is not None:
             arrays = messages.arrays_of(content.array_records["arrays"])
             content["arrays"] = messages.record({name: array.astype(kind) for name, array in arrays.items()})
         return content
