@@ -31,7 +31,7 @@ LARGEST = 1e38  # leaves a scale that is rounded up room within float32
 MARK = "|"  # stands in no name of a parameter
 
 Arrays = dict[str, np.ndarray]
-Shapes = Mapping[str, tuple[int, ...]]  # of arrays by name
+Shapes = Mapping[str, tuple[int | None, ...]]  # of arrays by name; an axis None may have any length
 
 
 def encode(arrays: Mapping[str, np.ndarray], method: str, share: float) -> Arrays:
@@ -69,8 +69,9 @@ def encode(arrays: Mapping[str, np.ndarray], method: str, share: float) -> Array
 def decode(encoded: Mapping[str, np.ndarray], shapes: Shapes | None = None) -> Arrays:
     """The arrays by their own names, those that were encoded in float32, whatever dtype they had; plain arrays as they are.
 
-    `shapes` are those that encoded arrays must have, by their own names. Without them shapes are the sender's word, and top_k
-    is refused, whose few bytes may claim gigabytes; what the other methods give is at most eight times as long as its bytes.
+    `shapes` are those that encoded arrays must have, by their own names. Without one that is whole the shape is the sender's
+    word, and top_k is refused, whose few bytes may claim gigabytes; what the other methods give is at most eight times as long
+    as its bytes.
     Raises Malformed, one sentence naming the array, for an unknown method, a wrong dtype or shape, bytes too few or too many,
     indices that are out of range or do not rise, numbers that are not finite, an array sent twice.
     """
@@ -161,15 +162,20 @@ def _decoded(name: str, array: np.ndarray, method: str, shapes: Shapes | None) -
         shape, content = array.shape, array
     else:
         shape, content = _content(name, array)
-    if shapes is not None and shape != shapes[name]:
-        raise Malformed(f"{name} has shape {shape} instead of {shapes[name]}")
+    asked = shape if shapes is None else shapes[name]
+    if shape != asked and not _fits(shape, asked):
+        raise Malformed(f"{name} has shape {shape} instead of {asked}")
     if method == "float16":
         return _finite(name, array.astype(np.float32))
     if method != "top_k":
         return _dequantised(name, shape, content, method)
-    if shapes is None:
+    if shapes is None or shape != asked:
         raise Malformed(f"{name} is encoded by top_k, which only clients do")
     return _scattered(name, shape, content)
+
+
+def _fits(shape: tuple[int, ...], asked: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(asked) and all(want in (None, have) for have, want in zip(shape, asked, strict=True))
 
 
 def _dequantised(name: str, shape: tuple[int, ...], content: np.ndarray, method: str) -> np.ndarray:

@@ -41,9 +41,10 @@ class Inbox(Wire):
         answers: Contents = {}
         replies = self._grid.send_and_receive(asked, timeout=self.round_timeout)
         room = most_bytes({name: array.shape for name, array in messages.named(*whole(self.state)).items()} | (shapes or {}))
+        dtype = next(iter(self.state.adapters.values())).B.dtype
         for client, content in self._contents(replies, asked, self.report.drops):
             try:
-                answers[client] = read_answer(content, action, shapes or {}, room)
+                answers[client] = read_answer(content, action, shapes or {}, room, dtype)
             except Malformed as reason:
                 self._drop(client, reason)
         if shapes:  # numbers, that is, and not secrets

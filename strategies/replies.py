@@ -87,17 +87,20 @@ def accuracy_of(content: RecordDict, key: str) -> float | None:
         raise Malformed(f"its accuracy is {error}") from error
 
 
-def read_answer(content: RecordDict, action: str, shapes: Shapes, most_bytes: int) -> dict[str, np.ndarray]:
-    """The arrays of an answer to a message of type train.`action`, those of `shapes` of these shapes and finite.
+def read_answer(content: RecordDict, action: str, shapes: Shapes, most_bytes: int, dtype: np.dtype) -> dict[str, np.ndarray]:
+    """The arrays of an answer to a message of type train.`action`, those of `shapes` of these shapes and finite, as `dtype`.
 
-    Raises Malformed, naming the array, where they are not.
+    Raises Malformed, naming the array, where they are not. One client's choice of a type would be everybody's, and none fits.
     """
     record = messages.first(content, ArrayRecord)
     if record is None:
         raise Malformed(f"its answer to {action} holds no arrays")
     arrays = messages.arrays_of(record, most_bytes)
     for name, shape in shapes.items():
-        array = arrays.get(name)
-        if array is None or array.shape != shape or not np.isfinite(array).all():
-            raise Malformed(f"{name} in its answer to {action} is missing, not finite or of another shape")
+        if name in arrays and arrays[name].shape == shape:
+            with np.errstate(over="ignore"):
+                arrays[name] = arrays[name].astype(dtype, copy=False)
+            if np.isfinite(arrays[name]).all():
+                continue
+        raise Malformed(f"{name} in its answer to {action} is missing, not finite or of another shape")
     return arrays

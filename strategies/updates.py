@@ -92,7 +92,8 @@ def most_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def _added(start: Pair, pair: Pair, changed: Container[str]) -> Pair:
-    return Pair(*(own + new if f in changed else own for f, own, new in zip(Pair._fields, start, pair, strict=True)))
+    with np.errstate(over="ignore", invalid="ignore"):  # whoever reads it looks for what is not finite
+        return Pair(*(own + new if f in changed else own for f, own, new in zip(Pair._fields, start, pair, strict=True)))
 
 
 def mean_of(total: Sum, state: ServerState) -> Update:

@@ -236,3 +236,20 @@ def test_a_folder_with_something_of_another_users_is_refused(account, monkeypatc
 
 def test_the_bytes_of_the_operating_system_are_the_default() -> None:
     assert Account.__init__.__defaults__[1:] == (os.urandom,)
+
+
+@pytest.mark.parametrize(
+    "line", [b"[" * 20_000, b"\xff", b'{"number": 1, "noise_multiplier": 1%s, "sampling_rate": 0.1, "steps": 3}' % (b"0" * 400)]
+)
+def test_a_line_that_no_parser_or_float_can_hold_is_named(account, line) -> None:
+    account.close()
+    (account.folder / LEDGER).write_bytes(line + b"\n")
+    with pytest.raises(ConfigError, match=r"ledger.jsonl is damaged in line 1 \(.*so what was spent is unknown"):
+        reopened(account)
+
+
+def test_a_secret_that_is_no_text_is_named(account) -> None:
+    account.close()
+    (account.folder / SECRET).write_bytes(b"\x91" * 64)
+    with pytest.raises(ConfigError, match="is not a secret of 32 bytes in hexadecimal"):
+        reopened(account)

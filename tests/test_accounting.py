@@ -431,3 +431,11 @@ def test_search_on_curves_that_are_known(target, level, power, guess) -> None:
 def test_search_over_a_jump_ends_at_its_upper_side() -> None:
     sigma = calibration.search(lambda sigma: 9.0 if sigma < 2.5 else 1.0, 5.0, 0.1)
     assert sigma == pytest.approx(2.5, rel=1e-8) and sigma >= 2.5
+
+
+@pytest.mark.parametrize("sigma", [1e20, 1e160, 1e308])
+@pytest.mark.parametrize("adjacency", ["add_remove", "replace"])
+def test_a_huge_sigma_spends_next_to_nothing_and_overflows_nothing(sigma, adjacency) -> None:
+    alone, beside = {(sigma, 0.1): 3}, {(sigma, 0.1): 3, (2.0, 0.1): 3}
+    assert 0 <= epsilon(alone, 1e-5, "prv", adjacency) <= 0.02
+    assert epsilon(beside, 1e-5, "prv", adjacency) == pytest.approx(epsilon({(2.0, 0.1): 3}, 1e-5, "prv", adjacency), abs=0.02)

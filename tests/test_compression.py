@@ -304,6 +304,17 @@ def test_a_shape_is_held_against_the_one_expected_before_anything_of_it_is_made(
             compression.decode(sent, {A: (5, 3)})
 
 
+def test_an_axis_that_is_left_open_may_have_any_length_and_no_other_may() -> None:
+    """As the rank of a base correction, which grows with the rounds; a few bytes of top_k would make it any size."""
+    sent = encode({A: draw((3, 5))}, "int8", 1.0)
+    assert compression.decode(sent, {A: (None, 5)})[A].shape == (3, 5)
+    for shape in ((None, 4), (None,), (None, 5, 1)):
+        with pytest.raises(Malformed, match="has shape"):
+            compression.decode(sent, {A: shape})
+    with pytest.raises(Malformed, match="top_k, which only clients do"):
+        compression.decode(encode({A: draw((3, 5))}, "top_k", 0.5), {A: (None, 5)})
+
+
 def test_an_array_sent_twice_is_refused() -> None:
     with pytest.raises(ValueError, match=f"^{A} was sent twice"):
         decode({A: np.ones((1, 3))} | encode({A: np.ones((1, 3))}, "int8", 1))

@@ -277,6 +277,8 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_the_data(tmp_pat
         ("a.tsv", "text\tlabel\na\tb\t1\n", {}, ["3 fields in line 2"]),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": \n', {}, ["is not JSON in line 2", "mend that line"]),
         ("a.json", '[\n{"text": "a"}]', {}, ["is not JSON in line 1"]),
+        ("a.jsonl", "[" * 20_000, {}, ["is not JSON in line 1", "recursion"]),
+        ("a.jsonl", '{"text": ' + "9" * 5000 + "}", {}, ["is not JSON in line 1", "digits"]),
         ("a.json", '[{"text": "a", "label": 1}]', {}, ["holds no object in line 1", "without a list"]),
         ("a.parquet", GOOD, {}, ["is not a Parquet file"]),
         ("a.csv", GOOD, {"text": "txet"}, ["dataset.text=txet", "which has label, text; did you mean text?"]),

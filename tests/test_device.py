@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +40,7 @@ from fedlora.participation import draw_cohort
 from fedlora.secure import Identity
 from strategies.rollcall import RollCall
 from tests.conftest import ROOT, write_digits
-from tests.fuzz_device import Fuzz, without_work
+from tests.fuzz import messages as fuzz
 
 LIMITS = Limits(epsilon=8.0, delta=1e-5, clip=1.0, steps=100)
 OPEN_HANDED = replace(LIMITS, epsilon=math.inf)
@@ -275,14 +276,11 @@ def test_what_is_answered_has_nothing_of_the_data_or_the_message_in_it(made, ask
         assert not any(character.isdigit() for character in sentence.value) and sentence.value.isprintable()
 
 
-def test_damaged_messages_are_answered_by_fixed_sentences(own, asked, tmp_path, monkeypatch) -> None:
-    """A few of those that `python -m tests.fuzz_device 100000` sends."""
-    monkeypatch.setattr(app, "train", without_work)
-    monkeypatch.setattr(app, "evaluate", without_work)
-    fuzz = Fuzz(tmp_path / "state", own, sent(asked()), seed=11)
-    answers = fuzz.run(300)
-    fuzz.account.close()
-    assert answers["MALFORMED"] > 50 and answers["INCONSISTENT"] > 20 and answers["answered"] > 20 and not answers["FAILED"]
+def test_damaged_messages_are_answered_by_fixed_sentences(tmp_path) -> None:
+    """A few of those that `python -m tests.fuzz messages` sends."""
+    with fuzz.part(tmp_path) as case:
+        answers = sum((case(seed) for seed in range(6)), Counter())
+    assert answers["malformed"] > 100 and answers["inconsistent"] > 40 and answers["answered"] > 40
 
 
 def test_what_fails_within_the_training_says_no_more(made, asked, monkeypatch) -> None:
@@ -396,6 +394,20 @@ def test_a_round_that_takes_too_long_is_broken_off(made, asked, monkeypatch) -> 
     assert refusal(device(message, place())) is Reason.BEYOND_LIMITS
     assert time.monotonic() - began < 20 and "longer than 0.3 s (--max-seconds)" in log(made)
     assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_arrays_that_take_more_than_a_part_of_the_owners_memory_are_refused_unread(made, asked) -> None:
+    """And encoded ones of another shape than the experiment's before anything of that shape is made."""
+    message = sent(asked())
+    size = messages.array_bytes(message.content)
+    assert refusal(made(replace(LIMITS, memory=4 * size - 4))(message, place())) is Reason.MALFORMED
+    assert f"{size} bytes of arrays are more than {size - 1}" in log(made)
+    claim = np.frombuffer(np.array([2, 64, 70000], "<u4").tobytes() + bytes(4 * 64 + 64 * 35000), np.uint8)
+    name = next(iter(message.content[messages.ARRAYS]))
+    encoded = sent(asked(compression__down="int4"))
+    encoded.content[messages.ARRAYS] = messages.record({f"{name}|int4": claim})
+    assert refusal(made()(encoded, place())) is Reason.MALFORMED and f"{name} has shape (64, 70000) instead of" in log(made)
+    assert not made(replace(LIMITS, memory=4 * size))(sent(asked()), place()).has_error()
 
 
 def test_more_memory_than_the_owner_allows_is_refused_and_the_device_lives(made, asked, monkeypatch) -> None:
@@ -651,16 +663,17 @@ def test_a_run_begins_when_each_number_has_a_device_of_its_own(small, monkeypatc
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0
     config, said = small(clients=2, clients_per_round=2, patience=1e-9), []
     devices, roll = Devices({7: (0, 20), 5: (0, 30), 9: (4, 40)}), RollCall(0.0, 2, said.append)
-    with pytest.raises(RunError, match="client 1 of clients=2 did not say who it is"):
+    with pytest.raises(RunError, match="client 0 of clients=2 did not say who it is"):
         server.sizes(devices, config, roll)
     assert [line.split(";")[0] for line in said] == [
-        "node 7 takes no part: it says that it is client 0, which is node 5",
+        "node 5 takes no part: it says that it is client 0, and so does another node",  # who is right, nobody knows
+        "node 7 takes no part: it says that it is client 0, and so does another node",
         "node 9 takes no part: it says that it is client 4, and there are clients=2, counted from 0",
     ]
     monkeypatch.setattr(server.time, "sleep", lambda seconds: devices.nodes.update({7: (1, 20)}))
     config.patience = 60.0
     assert server.sizes(devices, config, roll) == [30, 20]
-    assert roll.client == {5: 0, 7: 1} and list(roll.refused) == [9] and len(said) == 2
+    assert roll.client == {5: 0, 7: 1} and list(roll.refused) == [9] and len(said) == 3
 
 
 def test_the_plan_of_a_deployment_needs_no_examples(asked, capsys) -> None:

@@ -115,7 +115,10 @@ def test_a_damaged_file_is_named_and_the_one_before_it_taken(tmp_path) -> None:
     for content in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
         path.write_bytes(content)
         assert value(device.newest("a", 2)) == 1 and not path.exists()
-    assert len(said) == 3 and all("round-00002 is damaged and is not used" in line for line in said)
+    path.mkdir()
+    (path.parent / "round-two").write_bytes(whole)
+    assert value(device.newest("a", 2)) == 1 and not path.exists()
+    assert len(said) == 4 and all("round-00002 is damaged and is not used" in line for line in said)
 
 
 def test_experiments_that_trained_longest_ago_are_forgotten(tmp_path, monkeypatch) -> None:

@@ -2,16 +2,16 @@
 
 import errno
 import os
-import random
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from fedlora import disk, experiment, folder, records, report, terminal
+from fedlora import disk, experiment, folder, records, report
 from fedlora.check import ConfigError, RunError
 from fedlora.checkpoint import Checkpoints
-from tests import mutate_files
+from tests.fuzz import files as fuzz
 from tests.test_checkpoint import broken_off, lines, outcome, quick  # noqa: F401  # a fixture
 
 USER = {"privacy__name": "user", "privacy__noise_multiplier": 1.0, "privacy__sampling": "fixed"}
@@ -200,32 +200,9 @@ def test_the_numbers_of_a_summary_are_those_that_are_checked(quick) -> None:  # 
     assert {*folder.ALWAYS, *folder.PERHAPS} | {"strategy", "seed", "privacy"} == set(summary)
 
 
-@pytest.mark.parametrize("which", ["broken off", "finished"])
-def test_damaged_files_of_a_results_folder_give_sentences(quick, monkeypatch, which) -> None:  # noqa: F811
-    """No traceback, whatever is damaged; put right, the run goes on. The long command is of the same module."""
-    config = quick(name="mine", **USER)
-    where = broken_off(config, monkeypatch, 2) if which == "broken off" else Path(config.results) / "mine"
-    if which == "finished":
-        experiment.run(config, 0.0)
-    saved, rng, sentences = where.with_name("saved"), random.Random(7), set()
-    shutil.copytree(where, saved)
-    monkeypatch.setattr(terminal, "say", lambda line: None)
-    monkeypatch.setattr(experiment.Course, "drive", lambda self, grid: None)  # all is read before the first round
-    monkeypatch.setattr(experiment, "conclude", lambda *_: {})
-    for number in range(150):
-        shutil.rmtree(where)
-        shutil.copytree(saved, where)
-        path = rng.choice(mutate_files.files(where))
-        path.write_bytes(mutate_files.damaged(path.read_bytes(), rng))
-        try:
-            summary = experiment.run(config, 0.0)
-            if summary:
-                terminal.conclude(config, summary)
-        except (ConfigError, RunError) as error:
-            sentences.add(str(error))
-            assert "\n" not in str(error) and len(str(error)) < 800, number
-    assert len(sentences) > 5
-    shutil.rmtree(where)
-    shutil.copytree(saved, where)
-    monkeypatch.undo()
-    assert experiment.run(config, 0.0)["status"] == "finished" and outcome(where)
+def test_damaged_files_give_sentences(tmp_path) -> None:
+    """No traceback, whatever is damaged in the folder of a run or a device. `python -m tests.fuzz files` damages many more."""
+    with fuzz.part(tmp_path) as case:
+        came = sum((case(seed) for seed in range(400)), Counter())
+    assert came["a ConfigError (device)"] > 10 and came["said in the log (device)"] > 10
+    assert all(came[f"{what} ({run})"] > 10 for what in ("a ConfigError", "used as it is") for run in fuzz.RUNS)

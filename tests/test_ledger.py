@@ -186,6 +186,8 @@ ROW = {"noise_multiplier": 1.0, "sampling_rate": 0.1, "steps": 3}
         json.dumps({"0": [ROW | {"noise_multiplier": math.nan}]}),
         json.dumps({"0": [ROW | {"sampling_rate": 0}]}),
         json.dumps({"0": [{"steps": 3}]}),
+        json.dumps({"0": [ROW | {"noise_multiplier": 10**400}]}),
+        "[" * 20_000,
     ],
 )
 def test_a_damaged_ledger_is_refused(content, tmp_path) -> None:

@@ -1,6 +1,7 @@
 """DP-SGD on a client: sensitivity, noise, sampling, and that nothing but the mechanism touches the numbers."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ from clients.private import Mechanism
 from clients.task import Task, poisson, sampling_rate, simulated_key
 from clients.train import perform, train
 from fedlora import seeds, workbench
-from fedlora.check import RunError
-from fedlora.config import TrainConfig
+from fedlora.check import ConfigError, RunError
+from fedlora.config import Config, PrivacyConfig, TrainConfig
 from fedlora.models.dropout import ByRecord
 
 
@@ -189,6 +190,19 @@ def test_what_is_released_is_on_a_public_grid(std) -> None:
         released = flat.grad.double().numpy()
         assert np.array_equal(released, np.round(released / grid) * grid)
         assert stats.kstest((released - total) / std, "norm").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("clip", [1e-12, 1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3, 1e20])
+def test_no_clip_that_is_allowed_lets_a_record_add_more(clip, scale) -> None:
+    """A clip of 1e-45 let one record add 5.5 C, since float32 has no number to scale its gradient by."""
+    flat = torch.nn.Parameter(torch.zeros(4096))
+    descent = Mechanism(0.0, clip).descent(torch.optim.SGD([flat], lr=1.0), 1.0, seeds.Stream(bytes(32)))
+    descent.take(scale * torch.randn(1, 4096, generator=torch.Generator().manual_seed(0)), 1.0)
+    assert float(flat.detach().double().norm()) <= clip * (1 + 1e-5)
+    for settings in ({"privacy": PrivacyConfig("record", 1.0, clip=1e-44)}, {"train": TrainConfig(lr=math.inf)}):
+        with pytest.raises(ConfigError, match="is out of range; it must lie between 1e-12 and 1e"):
+            Config(**settings).checked()
 
 
 def test_micro_batches_and_the_order_of_records_change_nothing(bench) -> None:

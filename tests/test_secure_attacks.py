@@ -353,13 +353,16 @@ def test_the_first_set_stays_for_a_round_and_for_a_start(tmp_path) -> None:
     assert len(path.read_text().splitlines()) == 2 and path.stat().st_mode & 0o777 == 0o600
 
 
+ODDER = b"[" * 20_000 + b"\n", b'{"experiment": "a", "round": 1e999, "start": "s", "clients": []}\n'
+
+
 def test_a_cut_line_of_the_sets_never_counted_and_a_damaged_one_is_refused(tmp_path) -> None:
     path = tmp_path / "sums.jsonl"
     Sets(path).note("a", 1, "s", [0, 1, 2])
     path.write_bytes(path.read_bytes() + b'{"experiment": "a", "rou')
     Sets(path).note("a", 2, "t", [0, 1])
     assert [Sets(path).first("a", round, "") for round in (1, 2)] == [[0, 1, 2], [0, 1]]
-    for damage in (b"x\n", b"{}\n", b"[]\n", b'{"experiment": 1, "round": "x", "start": 0, "clients": []}\n', b"\xff\n"):
+    for damage in (b"x\n", b"[]\n", b'{"experiment": 1, "round": "x", "start": 0, "clients": []}\n', b"\xff\n", *ODDER):
         path.write_bytes(damage)
         with pytest.raises(ConfigError, match="is damaged"):
             Sets(path)

@@ -112,8 +112,9 @@ def _json_lines(source: str, content: bytes, config: DatasetConfig) -> Columns:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{source} is not JSON in line {number} ({error.msg}); mend that line") from error
+        except (ValueError, RecursionError) as error:
+            why = getattr(error, "msg", error)
+            raise ConfigError(f"{source} is not JSON in line {number} ({why}); mend that line") from error
         if not isinstance(record, dict):
             raise ConfigError(f"{source} holds no object in line {number}; write one {{…}} a line, without a list around them")
         records.append(record)

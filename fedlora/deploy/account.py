@@ -161,7 +161,7 @@ def _locked(path: Path) -> disk.Lock:
 def _secret(path: Path) -> str:
     if not path.exists():
         disk.write(path, f"{secrets.token_hex(32)}\n".encode(), mode=0o600)
-    text = path.read_text(encoding="utf-8").strip()
+    text = path.read_text(encoding="utf-8", errors="replace").strip()
     if len(text) != 64 or any(c not in "0123456789abcdef" for c in text):
         raise ConfigError(f"{path} is not a secret of 32 bytes in hexadecimal; restore it, or start a new state folder")
     return text
@@ -175,8 +175,8 @@ def _opened(path: Path) -> Book:
                 Ledger().spend(0, row[SIGMA], row[RATE], row[STEPS])
                 if row["number"] != number:
                     raise ValueError(f"its number is {row['number']}")
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"line {number} ({error})") from error
+            except (ValueError, KeyError, TypeError, ArithmeticError) as error:
+                raise ValueError(f"line {number} ({str(error)[:200]})") from error
     except ValueError as error:
         raise ConfigError(f"{path} is damaged in {error}, so what was spent is unknown; restore the file") from error
     return book

@@ -27,7 +27,7 @@ class Book:
                 row = json.loads(line)
                 if not isinstance(row, dict):
                     raise ValueError("no object")
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"line {number} ({error})") from error
             self.rows.append(row)
 

@@ -111,8 +111,8 @@ def _sums(arguments: argparse.Namespace) -> SecureSums | None:
 def _experiment(path: Path) -> Config:
     try:
         return Config.from_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--experiment {path} is not a run's config.json ({error})") from error
+    except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise ConfigError(f"--experiment {path} is not a run's config.json ({str(error)[:200]})") from error
 
 
 def _parser() -> argparse.ArgumentParser:

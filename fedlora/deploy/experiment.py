@@ -15,7 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord
 
-from fedlora import compression, experiment, messages
+from fedlora import compression, experiment, messages, untrusted
 from fedlora.config import GROUPS, Config, from_dict
 from fedlora.deploy.holdings import Holdings, identity, localised, work
 from fedlora.deploy.limits import Limits, beyond
@@ -27,6 +27,7 @@ from fedlora.workbench import Workbench
 from strategies import LoRAStrategy
 from strategies.updates import at_rank
 
+PART = 4  # of the owner's memory: what a message's arrays may take is this part, since they are copied on their way
 LONGEST = 4_000_000  # characters of the JSON of an experiment: a list of sizes for every one of many clients
 UNBOUND = (messages.EXPERIMENT, messages.BASE, messages.LINEAGE, messages.ADDS, messages.RANK, messages.NOISE)
 
@@ -40,6 +41,7 @@ class Experiment:
 
     def __init__(self, text: str, own: Holdings, limits: Limits) -> None:
         self.text, self.own = text, own
+        self.most_bytes = limits.memory // PART  # of the arrays of one message
         config = read(text)
         limits.allow(config)
         self.strategy = valid(config)
@@ -123,7 +125,7 @@ class Experiment:
         for layer, pair in state.adapters.items():
             shapes |= {messages.rotation(layer): (rank, rank)} if "R" in self.strategy.down else {}
             shapes |= {f"{layer}.base_A.weight": (None, pair.A.shape[1]), f"{layer}.base_B.weight": (len(pair.B), None)}
-        arrays = read_arrays(record, set(shapes), self.config.compression.down)
+        arrays = read_arrays(record, self.most_bytes, shapes, self.config.compression.down)
         try:
             _, _, correction = messages.sort(arrays)
         except ValueError as error:
@@ -138,9 +140,9 @@ class Experiment:
     def ask(self, bench: Workbench, action: str, record: ArrayRecord) -> dict[str, np.ndarray]:
         """The arrays of a further message. Raises Refused where they are not those that the strategy asks with."""
         if self.strategy.silent:  # the secure sum checks what it is given by its own protocol
-            return read_arrays(record)
+            return read_arrays(record, self.most_bytes)
         _, down = self.strategy.sent_further(experiment.initial_state(bench, self.strategy))
-        arrays = read_arrays(record, set(down))
+        arrays = read_arrays(record, self.most_bytes, {name: array.shape for name, array in down.items()})
         for name, array in arrays.items():
             counts = down[name].dtype.kind == "i"
             if not (np.array_equal(array, down[name]) if counts else _fits(array, down[name].shape)):
@@ -172,18 +174,20 @@ def valid(config: Config) -> LoRAStrategy:
         raise Refused(Reason.MALFORMED, f"the experiment cannot be run: {error}") from error
 
 
-def read_arrays(record: ArrayRecord, names: set[str] | None = None, encoding: str = "none") -> dict[str, np.ndarray]:
-    """The arrays of a record by name, decoded.
+def read_arrays(
+    record: ArrayRecord, most_bytes: int, shapes: compression.Shapes | None = None, encoding: str = "none"
+) -> dict[str, np.ndarray]:
+    """The arrays of a record by name, decoded; `shapes` are those that it may have, of which encoded ones must be.
 
-    Raises Refused for bytes that hold none, for a name that is none of `names`, and for another encoding.
+    Raises Refused for more than `most_bytes` bytes, for bytes that hold no array, for another name and another encoding.
     """
     for sent in record:
         name, _, method = sent.partition(compression.MARK)
-        if (names is not None and name not in names) or method not in ("", encoding):
-            raise _inconsistent(f"an array {sent!r}, which the experiment does not have")
+        if (shapes is not None and name not in shapes) or method not in ("", encoding):
+            raise _inconsistent(f"an array {sent[:80]!r}, which the experiment does not have")
     try:
-        return compression.decode(messages.arrays_of(record))
-    except Exception as error:  # numpy's reader raises whatever the bytes led it into
+        return compression.decode(untrusted.arrays(record, most_bytes), shapes)
+    except ValueError as error:
         raise Refused(Reason.MALFORMED, f"arrays that cannot be read ({error})") from error
 
 

@@ -42,7 +42,7 @@ class Memory:
                 return _read(path)
             except (OSError, ValueError) as reason:
                 self.say(f"{path} is damaged and is not used ({reason}); what round {number} left on this device is lost")
-                path.unlink(missing_ok=True)
+                disk.remove(path)
         return RecordDict()
 
     def keep(self, experiment: str, round: int, state: RecordDict, back: int) -> None:
@@ -63,7 +63,7 @@ class Memory:
             newest = sorted(number for number in files if number <= round)[-ROUNDS:]
             for number, path in files.items():
                 if number not in newest or number < oldest:
-                    path.unlink()
+                    disk.remove(path)
             others = [folder for folder in self.folder.glob("*/") if folder.name != experiment]
             for folder in sorted(others, key=lambda folder: -folder.stat().st_mtime)[EXPERIMENTS - 1 :]:
                 shutil.rmtree(folder)
@@ -74,7 +74,8 @@ class Memory:
         return self.folder / experiment / f"round-{round:05d}"
 
     def _files(self, experiment: str) -> dict[int, Path]:
-        return {int(path.name.removeprefix("round-")): path for path in (self.folder / experiment).glob("round-*")}
+        files = ((path.name.removeprefix("round-"), path) for path in (self.folder / experiment).glob("round-*"))
+        return {int(number): path for number, path in files if number.isascii() and number.isdecimal()}
 
 
 def _read(path: Path) -> RecordDict:

@@ -39,6 +39,7 @@ History = dict[tuple[float, float], int]  # (noise multiplier σ, sampling rate 
 
 ACCOUNTANTS = ("prv", "rdp")
 ADJACENCIES = ("add_remove", "replace")
+LARGEST = 1e6  # a σ above it counts as this one, which spends more: the squares of larger ones leave floats
 PRV_ERROR = 0.01  # what PRV adds to ε for its own discretisation
 PRV_GRID = 2**22  # most points of one PRV grid; four times as many for all keys of a history together
 HIGH_ORDERS = (72, 96, 128, 192, 256, 384, 512)  # above Opacus' 63: they matter for ε below 0.3
@@ -64,6 +65,7 @@ def epsilon(
     | empty, or nothing but 0 steps       | 0                                                                     |
     | σ = 0 with steps                    | inf                                                                   |
     | σ = inf                             | 0                                                                     |
+    | σ above 10⁶                         | as for 10⁶, an upper bound                                            |
     | so little that ε = 0 holds at δ     | 0 to 0.01 for "prv"; never below 0                                    |
     | keys with the same (σ, q)           | as their sum: steps compose                                           |
     | several (σ, q)                      | their heterogeneous composition                                       |
@@ -78,7 +80,10 @@ def epsilon(
     check.one_of(ADJACENCIES, **{"privacy.adjacency": adjacency})
     if adjacency == "replace" and accountant == "rdp":
         raise ConfigError("privacy.accountant=rdp bounds no privacy.adjacency=replace; set privacy.accountant=prv")
-    spent = checked(history, delta)
+    spent: History = {}
+    for (sigma, rate), steps in checked(history, delta).items():
+        key = min(sigma, LARGEST), rate
+        spent[key] = spent.get(key, 0) + steps
     if not spent:
         return 0.0
     if min(sigma for sigma, _ in spent) == 0:

@@ -112,8 +112,8 @@ class Ledger:
             for client, rows in json.loads(text).items():
                 for row in rows:
                     ledger.spend(int(client), row["noise_multiplier"], row["sampling_rate"], row["steps"])
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-            raise unknown(f"the privacy ledger is damaged ({error!r})") from error
+        except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
+            raise unknown(f"the privacy ledger is damaged ({repr(error)[:200]})") from error
         return ledger
 
     def at_least(self, other: Ledger) -> Ledger:

@@ -46,9 +46,9 @@ class Sets:
             content = path.read_bytes() if path.exists() else b""
             self._whole = content.rfind(b"\n") + 1
             self._sums = [Unmasked.read(json.loads(line)) for line in content[: self._whole].splitlines()]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
             raise ConfigError(
-                f"{path} is damaged ({error}), so which secure sums were unmasked is unknown; restore the file"
+                f"{path} is damaged ({str(error)[:200]}), so which secure sums were unmasked is unknown; restore the file"
             ) from error
 
     def first(self, experiment: str, round: int, start: str) -> list[int] | None:

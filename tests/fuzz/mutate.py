@@ -65,6 +65,21 @@ def _bytes(content: RecordDict, rng: Rng) -> None:
         record[name] = Array(record[name].dtype, record[name].shape, record[name].stype, data(record[name].data, rng))
 
 
+def _numbers(content: RecordDict, rng: Rng) -> None:
+    """Other numbers behind an honest header: a few bits, random bytes, or the same number everywhere."""
+    if found := _one_array(content, rng):
+        record, name = found
+        whole = record[name].data
+        head, body = whole[:128], bytearray(whole[128:])
+        kind = rng.integers(3)
+        if kind == 0 and body:
+            for place in rng.integers(0, len(body) * 8, rng.integers(1, 9)):
+                body[place // 8] ^= 1 << (place % 8)
+        else:
+            body = bytearray(rng.bytes(len(body)) if kind == 1 else rng.bytes(8) * (len(body) // 8) + bytes(len(body) % 8))
+        record[name] = Array(record[name].dtype, record[name].shape, record[name].stype, head + bytes(body))
+
+
 def _array(content: RecordDict, rng: Rng) -> None:
     """Another array under a name: of another type or shape, or with numbers that are huge or none."""
     if found := _one_array(content, rng):
@@ -127,4 +142,6 @@ def _record(content: RecordDict, rng: Rng) -> None:
         content[name] = kinds[rng.integers(3)]()
 
 
-DAMAGES: list[Callable[[RecordDict, Rng], None]] = [_bytes, _bytes, _array, _stype, _name, _encoded, _metric, _metric, _record]
+DAMAGES: list[Callable[[RecordDict, Rng], None]] = [
+    _bytes, _numbers, _numbers, _numbers, _array, _stype, _name, _encoded, _metric, _metric, _record,
+]  # fmt: skip

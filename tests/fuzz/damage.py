@@ -1,16 +1,37 @@
-"""Damage to the files of a results folder, from a seed: what a disk, an editor or a stranger may do to them."""
+"""Damage to bytes, to JSON and to files, from a seed: what a disk, an editor or a stranger may do to them."""
 
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-STRANGE = (None, True, -1, 0.5, 10**30, 1e308, "x", "", [], {}, [1], {"a": 1}, "9" * 5000)  # where something else belongs
+STRANGE = (  # where something else belongs
+    None, True, -1, 0, 1, 2, 0.5, 10**30, 10**400, 1e308, math.inf, math.nan, "x", "record", "", [], {}, [1], {"a": 1}, [[]],
+    "9" * 5000,
+)  # fmt: skip
 
 OTHERS = (b"null", b"[]", b"{}", b"[" * 20_000, b"1e999", b"NaN", b'"x"', b"9" * 5000, b"\xff\xfe", bytes(2000))
+
+
+def file(path: Path, rng: random.Random) -> None:
+    """Damage what is in the file; or put nothing, a folder, a link or another file of its folder in its place."""
+    how = rng.choice(("content",) * 9 + ("gone", "folder", "link", "other"))
+    content, others = path.read_bytes(), [other for other in files(path.parent) if other != path]
+    if how == "other" and others:
+        content = rng.choice(others).read_bytes()
+    elif how == "content":
+        content = damaged(content, rng)
+    path.unlink()
+    if how == "folder":
+        path.mkdir()
+    elif how == "link":
+        path.symlink_to(rng.choice((path.parent / "nowhere", path.parent, *others)))
+    elif how != "gone":
+        path.write_bytes(content)
 
 
 def files(folder: Path) -> list[Path]:
