@@ -1,6 +1,7 @@
 """A device by itself: which messages it answers, its owner's limits, what leaves it, and how records come home."""
 
 import ast
+import base64
 import json
 import math
 import resource
@@ -25,7 +26,7 @@ from clients.task import Task
 from fedlora import data, experiment, messages, plan, sketch, workbench
 from fedlora.check import ConfigError, RunError
 from fedlora.config import Config, DatasetConfig, TrainConfig
-from fedlora.deploy import client, launch, node, preview, server
+from fedlora.deploy import client, courier, launch, node, preview, server
 from fedlora.deploy.account import TRAIN, Account, Permit, Work
 from fedlora.deploy.courier import Receiver, Sender
 from fedlora.deploy.device import Device
@@ -751,3 +752,38 @@ def test_records_come_home_whole_once_and_never_elsewhere(tmp_path) -> None:
     for name in ("../x", "/etc/x", "a/../../x"):
         with pytest.raises(RunError, match="outside the results folder"):
             Receiver(said.append, rows.append, files.__setitem__).take(f"fedlora 0 end {name}\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("end checkpoints/round-9.safetensors", "which belongs to no results"),
+        ("end .lock", "which belongs to no results"),
+        ("part adapter/x é!", "a piece of adapter/x that cannot be read"),
+        (f"part adapter/x {base64.b64encode(bytes(100)).decode()}", "more than 99 bytes of adapter/x"),
+    ],
+)
+def test_what_a_server_sends_home_stays_within_bounds(monkeypatch, line, sentence) -> None:
+    monkeypatch.setattr(courier, "MOST_BYTES", 99)
+    said, files = [], {}
+    receiver = Receiver(said.append, said.append, files.__setitem__)
+    assert receiver.take("fedlora 0 say \x1b[2Jhello\u202e " + "x" * 10_000)
+    assert said[0].startswith("?[2Jhello? x") and len(said[0]) == courier.LONGEST + 1
+    assert not receiver.take(f"fedlora {'9' * 5000} say x") and not receiver.take("fedlora ² say x")
+    with pytest.raises(RunError) as error:
+        receiver.take(f"fedlora 1 {line}\n")
+    assert sentence in str(error.value) and not files
+
+
+def test_a_reply_that_flower_cannot_read_leaves_the_others() -> None:
+    class Pulled:
+        def push_messages(self, messages):
+            return ["a", "b", "c"]
+
+        def pull_messages(self, numbers):
+            if "b" in numbers:
+                raise ValueError("Unexpected set of `children`\x1b[2J")
+            return [SimpleNamespace(metadata=SimpleNamespace(reply_to_message_id=number)) for number in numbers]
+
+    replies = server.send_and_receive(Pulled(), [], timeout=5.0)
+    assert [reply.metadata.reply_to_message_id for reply in replies] == ["a", "c"]

@@ -16,10 +16,13 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from fedlora import untrusted
 from fedlora.check import RunError
-from fedlora.folder import ROUNDS
+from fedlora.folder import ADAPTER, CURVES, MERGED, PRIVACY, ROUNDS, SUMMARY
 
 MARK, PIECE = "fedlora", 48_000  # bytes of a file in one line
+LONGEST, MOST_BYTES = 2000, 2**36  # characters of a line for people, bytes of a file
+HOME = (PRIVACY, ADAPTER, MERGED, CURVES, SUMMARY)  # what goes home besides the rounds; the mark of the end comes last
 
 
 class Sender(io.TextIOBase):
@@ -74,7 +77,9 @@ class Sender(io.TextIOBase):
 class Receiver:
     """Reads what a `Sender` says out of a log.
 
-    What comes is only taken for what it says: a file whose name would leave the folder raises RunError.
+    What comes is only taken for what it says. Lines for people are of printable characters, `LONGEST` at most. One file is held
+    at a time, `MOST_BYTES` of it at most. RunError is raised for a file whose name would leave the folder or is none of `HOME`,
+    for a larger one, and for a piece that cannot be read.
     """
 
     def __init__(
@@ -82,27 +87,41 @@ class Receiver:
     ) -> None:
         self.say, self.row, self.file = say, row, file
         self._read = 0
-        self._parts: dict[str, list[bytes]] = {}
+        self._name, self._parts, self._size = "", list[bytes](), 0  # of the file that is not whole yet
 
     def take(self, line: str) -> bool:
         """Acts on a line of the log; whether it was one of ours."""
         words = line.rstrip("\n").split(" ", 3)
-        if words[0] != MARK or len(words) < 3 or not words[1].isdecimal():
+        number = words[1] if len(words) > 2 else ""
+        if words[0] != MARK or not (number.isascii() and number.isdecimal() and len(number) < 19):
             return False
-        if int(words[1]) == self._read:
+        if int(number) == self._read:
             self._read += 1
             self._act(words[2], words[3] if len(words) > 3 else "")
         return True
 
     def _act(self, kind: str, rest: str) -> None:
-        name, _, piece = rest.partition(" ")
         if kind == "say":
-            self.say(rest)
-        elif kind == "row":
+            self.say(untrusted.text(rest, LONGEST))
+            return
+        if kind == "row":
             self.row(rest)
-        elif kind == "part":
-            self._parts.setdefault(name, []).append(base64.b64decode(piece))
-        elif Path(name).is_absolute() or ".." in Path(name).parts:
-            raise RunError(f"the server sent a file named {name}, which would lie outside the results folder")
-        else:
-            self.file(name, b"".join(self._parts.pop(name, [])))
+            return
+        name, _, piece = rest.partition(" ")
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise RunError(f"the server sent a file named {untrusted.text(name)}, which would lie outside the results folder")
+        if name.split("/")[0] not in HOME:
+            raise RunError(f"the server sent a file named {untrusted.text(name)}, which belongs to no results")
+        if name != self._name:
+            self._name, self._parts, self._size = name, [], 0
+        if kind == "part":
+            try:
+                self._parts.append(base64.b64decode(piece, validate=True))
+            except ValueError as error:
+                raise RunError(f"the server sent a piece of {untrusted.text(name)} that cannot be read") from error
+            self._size += len(self._parts[-1])
+            if self._size > MOST_BYTES:
+                raise RunError(f"the server sent more than {MOST_BYTES} bytes of {untrusted.text(name)}")
+        elif kind == "end":
+            content, self._name, self._parts = b"".join(self._parts), "", []
+            self.file(name, content)
