@@ -36,7 +36,8 @@ def macro_f1(labels: np.ndarray, guesses: np.ndarray) -> float:
 
 def predict(model: AdaptedModel, examples: Encoded, indices: np.ndarray, batch_size: int) -> torch.Tensor:
     """Logits of the examples at `indices`, in that order: (N, classes), float32, on the CPU."""
-    model.peft.eval()
+    if any(module.training for module in model.peft.modules()):  # to set the mode of all takes as long as a small forward pass
+        model.peft.eval()
     with torch.no_grad():
         return torch.cat(
             [

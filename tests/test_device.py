@@ -764,3 +764,17 @@ def test_records_come_home_whole_once_and_never_elsewhere(tmp_path) -> None:
     for name in ("../x", "/etc/x", "a/../../x"):
         with pytest.raises(RunError, match="outside the results folder"):
             Receiver(said.append, rows.append, files.__setitem__).take(f"fedlora 0 end {name}\n")
+
+
+def test_a_reply_that_flower_cannot_read_leaves_the_others() -> None:
+    class Pulled:
+        def push_messages(self, messages):
+            return ["a", "b", "c"]
+
+        def pull_messages(self, numbers):
+            if "b" in numbers:
+                raise ValueError("Unexpected set of `children`\x1b[2J")
+            return [SimpleNamespace(metadata=SimpleNamespace(reply_to_message_id=number)) for number in numbers]
+
+    replies = server.send_and_receive(Pulled(), [], timeout=5.0)
+    assert [reply.metadata.reply_to_message_id for reply in replies] == ["a", "c"]

@@ -158,7 +158,8 @@ def domains(config: PartitionConfig, examples: Examples, clients: int, rng: np.r
 @partition
 def own(config: PartitionConfig, examples: Examples, clients: int, rng: np.random.Generator) -> list[np.ndarray]:
     """Each client has its examples where it is, numbered from 0, and so many as `sizes` says (deploy only)."""
-    return [np.arange(size) for size in config.sizes]
+    everyone = np.arange(max(config.sizes, default=0))  # of which each is a part: sizes are what devices say
+    return [everyone[:size] for size in config.sizes]
 
 
 @partition

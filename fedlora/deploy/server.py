@@ -24,7 +24,7 @@ from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.utils import get_flwr_home
 
-from fedlora import disk, messages, terminal
+from fedlora import disk, messages, terminal, untrusted
 from fedlora.check import ConfigError, RunError
 from fedlora.config import Config, EngineConfig
 from fedlora.deploy.courier import HOME, Sender
@@ -36,6 +36,7 @@ from strategies.rollcall import RollCall
 
 POLL = 0.3  # seconds from one look for replies to the next
 STOPPING = 60.0  # seconds that a ServerApp whose run was stopped may take to notice: two heartbeats
+UNREADABLE = (ValueError, TypeError, LookupError, AttributeError)  # what content raises in Flower; networks raise others
 
 app = ServerApp()
 
@@ -134,13 +135,23 @@ def sizes(grid: Grid, config: Config, roll: RollCall) -> list[int]:
 
 
 def send_and_receive(grid: Grid, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-    """Flower's own, but that it looks for replies every `POLL` seconds instead of every 3, and gives them as they come."""
-    waiting = set(grid.push_messages(list(messages)))
+    """Flower's own, but that it looks for replies every `POLL` seconds instead of every 3, and gives them as they come.
+
+    Each is pulled by itself: one that Flower cannot put together again raises in Flower, and would take with it those that
+    were pulled beside it. It counts as none, so that its client is named and the others stay.
+    """
+    waiting = {number for number in grid.push_messages(list(messages)) if number}  # Flower gives None for what it cannot send
     deadline = time.monotonic() + timeout if timeout is not None else float("inf")
     while waiting and time.monotonic() < deadline:
-        for reply in grid.pull_messages(list(waiting)):
-            waiting.discard(reply.metadata.reply_to_message_id)
-            yield reply
+        for number in sorted(waiting):
+            try:
+                replies = list(grid.pull_messages([number]))
+            except UNREADABLE as error:
+                terminal.say(f"a reply cannot be read: {untrusted.text(str(error))}")
+                waiting.discard(number)
+                continue
+            waiting.difference_update([number] if replies else ())
+            yield from replies
         if waiting:
             time.sleep(POLL)
 
