@@ -7,6 +7,7 @@ the cure. The command line prints that sentence and exits with status 2.
 from __future__ import annotations
 
 import difflib
+import math
 import sys
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
@@ -47,6 +48,11 @@ def fraction(**setting: float) -> Any:
 def between(low: float, high: float, **setting: float) -> Any:
     """The value of the one keyword, if it lies in [low, high]."""
     return _require(setting, lambda value: low <= value <= high, f"must lie between {low:g} and {high:g}")
+
+
+def finite(**setting: float) -> Any:
+    """The value of the one keyword, if it is a number and not infinite."""
+    return _require(setting, math.isfinite, "must be finite")
 
 
 def below_one(**setting: float) -> Any:

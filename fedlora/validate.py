@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from fedlora.config import Config, DatasetConfig, EngineConfig, TrainConfig
 
 MOST_KEPT = 1000  # checkpoints
-LARGEST = 1e6  # of a learning rate, of alpha, of a noise multiplier: more only overflows
+LARGEST = 1e6  # noise multiplier: more only overflows the accountant
 
 
 def validate(config: Config) -> None:
@@ -27,7 +27,8 @@ def validate(config: Config) -> None:
     check.positive(**{"adapter.rank": config.adapter.rank})
     _check_ranks(config)
     _check_server(config)
-    check.between(1e-12, LARGEST, **{"adapter.alpha": config.adapter.alpha})
+    check.positive(**{"adapter.alpha": config.adapter.alpha})
+    check.finite(**{"adapter.alpha": config.adapter.alpha})
     check.below_one(**{"adapter.dropout": config.adapter.dropout})
     check.positive(**{"evaluate.every": config.evaluate.every})
     check.positive(**{"evaluate.batch_size": config.evaluate.batch_size})
@@ -172,7 +173,8 @@ def _check_train(train: TrainConfig) -> None:
     else:
         check.positive(**{"train.steps": train.steps})
     check.positive(**{"train.batch_size": train.batch_size})
-    check.between(1e-12, LARGEST, **{"train.lr": train.lr})
+    check.positive(**{"train.lr": train.lr})
+    check.finite(**{"train.lr": train.lr})
     check.one_of(("shuffle", "poisson"), **{"train.sampling": train.sampling})
     check.one_of(("sgd", "adamw"), **{"train.optimizer": train.optimizer})
     check.one_of(("constant", "linear", "cosine"), **{"train.schedule": train.schedule})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -25,9 +24,9 @@ class RollCall:
     """Client by node id, of every node that was ever online.
 
     A number belongs to the first node that says it, for the whole run, online or not; another node that says it takes no
-    part, and of several that say it at once none does. As long as no node answers (a ClientApp without a query function) new
-    ones are numbered in the order of their ids; where only some do, the silent ones stay out and are asked again in the next
-    round.
+    part. Of several that say it in one roll call it is the one of the smallest id. As long as no node answers (a ClientApp
+    without a query function) new ones are numbered in the order of their ids; where only some do, the silent ones stay out and
+    are asked again in the next round.
     """
 
     patience: float  # seconds to wait for nodes and for their answers
@@ -58,13 +57,10 @@ class RollCall:
             unnamed = (node for node in new if node not in self.refused)
             self.client |= {node: number for number, node in enumerate(unnamed, len(self.client))}
         holders = {client: node for node, client in self.client.items()}
-        claims = Counter(client for client, _ in said.values())
         for node, (client, examples) in sorted(said.items()):
             says = f"it says that it is client {client}"
             if self.clients is not None and client >= self.clients:
                 self._refuse(node, f"{says}, and there are clients={self.clients}, counted from 0; {CURE}")
-            elif claims[client] > 1 and client not in holders:  # who is the right one, nobody can know
-                self._refuse(node, f"{says}, and so does another node; {CURE}")
             elif client in holders:
                 self._refuse(node, f"{says}, which is node {holders[client]}; {CURE}")
             else:

@@ -663,17 +663,16 @@ def test_a_run_begins_when_each_number_has_a_device_of_its_own(small, monkeypatc
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0
     config, said = small(clients=2, clients_per_round=2, patience=1e-9), []
     devices, roll = Devices({7: (0, 20), 5: (0, 30), 9: (4, 40)}), RollCall(0.0, 2, said.append)
-    with pytest.raises(RunError, match="client 0 of clients=2 did not say who it is"):
+    with pytest.raises(RunError, match="client 1 of clients=2 did not say who it is"):
         server.sizes(devices, config, roll)
     assert [line.split(";")[0] for line in said] == [
-        "node 5 takes no part: it says that it is client 0, and so does another node",  # who is right, nobody knows
-        "node 7 takes no part: it says that it is client 0, and so does another node",
+        "node 7 takes no part: it says that it is client 0, which is node 5",
         "node 9 takes no part: it says that it is client 4, and there are clients=2, counted from 0",
     ]
     monkeypatch.setattr(server.time, "sleep", lambda seconds: devices.nodes.update({7: (1, 20)}))
     config.patience = 60.0
     assert server.sizes(devices, config, roll) == [30, 20]
-    assert roll.client == {5: 0, 7: 1} and list(roll.refused) == [9] and len(said) == 3
+    assert roll.client == {5: 0, 7: 1} and list(roll.refused) == [9] and len(said) == 2
 
 
 def test_the_plan_of_a_deployment_needs_no_examples(asked, capsys) -> None:

@@ -200,8 +200,14 @@ def test_no_clip_that_is_allowed_lets_a_record_add_more(clip, scale) -> None:
     descent = Mechanism(0.0, clip).descent(torch.optim.SGD([flat], lr=1.0), 1.0, seeds.Stream(bytes(32)))
     descent.take(scale * torch.randn(1, 4096, generator=torch.Generator().manual_seed(0)), 1.0)
     assert float(flat.detach().double().norm()) <= clip * (1 + 1e-5)
-    for settings in ({"privacy": PrivacyConfig("record", 1.0, clip=1e-44)}, {"train": TrainConfig(lr=math.inf)}):
-        with pytest.raises(ConfigError, match="is out of range; it must lie between 1e-12 and 1e"):
+    for settings, sentence in (
+        (
+            {"privacy": PrivacyConfig("record", 1.0, clip=1e-44)},
+            "privacy.clip=1e-44 is out of range; it must lie between 1e-12",
+        ),
+        ({"train": TrainConfig(lr=math.inf)}, "train.lr=inf is out of range; it must be finite"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
             Config(**settings).checked()
 
 
