@@ -44,7 +44,10 @@ MEANS = {
     "trimmed, 0.35": "server.mean=trimmed server.trim=0.35",
     "norm_filter": "server.mean=norm_filter",
 }
-HONEST = ("", "partition.alpha=0.1", "partition=quantity", "train=adamw", "partition.alpha=0.1 train=adamw")
+HONEST = (
+    "", "partition.alpha=0.1", "partition=quantity", "partition=quantity partition.alpha=0.1", "train=adamw",
+    "partition.alpha=0.1 train=adamw",
+)  # fmt: skip
 
 
 def flip(times: float) -> Attack:
@@ -132,7 +135,7 @@ def honest(options: argparse.Namespace) -> None:
     for settings in (f"strategy={strategy} {other}".strip() for strategy in ("fedsvd", "fedavg") for other in HONEST):
         runs = (run(f"rounds={options.rounds} evaluate.every=100 seed={seed} {settings}") for seed in range(options.seeds))
         ratios = [ratio for _, found in runs for ratio in found]
-        print(f"{settings:52}longest update of a round / median: {max(ratios):.2f} at most")
+        print(f"{settings:56}longest update of a round / median: {max(ratios):.2f} at most")
 
 
 def main() -> None:
