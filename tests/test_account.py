@@ -239,7 +239,13 @@ def test_the_bytes_of_the_operating_system_are_the_default() -> None:
 
 
 @pytest.mark.parametrize(
-    "line", [b"[" * 20_000, b"\xff", b'{"number": 1, "noise_multiplier": 1%s, "sampling_rate": 0.1, "steps": 3}' % (b"0" * 400)]
+    "line",
+    [
+        b"[" * 20_000,
+        b"\xff",
+        b'{"number": 1, "noise_multiplier": 1%s, "sampling_rate": 0.1, "steps": 3}' % (b"0" * 400),
+        b'{"number": 1, "noise_multiplier": 1, "sampling_rate": 0.1, "steps": 3%s}' % (b"0" * 400),
+    ],
 )
 def test_a_line_that_no_parser_or_float_can_hold_is_named(account, line) -> None:
     account.close()

@@ -54,6 +54,7 @@ def test_nothing_is_kept_of_no_steps_or_infinite_noise() -> None:
         ((1.0, 0.0, 1), "sampling rate=0.0"),
         ((1.0, 1.5, 1), "sampling rate=1.5"),
         ((1.0, 0.1, -1), "steps=-1"),
+        ((1.0, 0.1, 2**53 + 1), "steps=9007199254740993"),
     ],
 )
 def test_what_no_mechanism_has_is_refused(arguments, named, ledger) -> None:
@@ -187,6 +188,7 @@ ROW = {"noise_multiplier": 1.0, "sampling_rate": 0.1, "steps": 3}
         json.dumps({"0": [ROW | {"sampling_rate": 0}]}),
         json.dumps({"0": [{"steps": 3}]}),
         json.dumps({"0": [ROW | {"noise_multiplier": 10**400}]}),
+        json.dumps({"0": [ROW | {"steps": 10**400}]}),
         "[" * 20_000,
     ],
 )

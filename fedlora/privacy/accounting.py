@@ -40,6 +40,7 @@ History = dict[tuple[float, float], int]  # (noise multiplier σ, sampling rate 
 ACCOUNTANTS = ("prv", "rdp")
 ADJACENCIES = ("add_remove", "replace")
 LARGEST = 1e6  # a σ above it counts as this one, which spends more: the squares of larger ones leave floats
+MOST_STEPS = 2**53  # whole numbers above it are rounded in floats; no run takes as many
 PRV_ERROR = 0.01  # what PRV adds to ε for its own discretisation
 PRV_GRID = 2**22  # most points of one PRV grid; four times as many for all keys of a history together
 HIGH_ORDERS = (72, 96, 128, 192, 256, 384, 512)  # above Opacus' 63: they matter for ε below 0.3
@@ -73,8 +74,9 @@ def epsilon(
     | replace, all q = 1                  | exactly `gaussian` at σ/2                                             |
     | replace, beyond `pairs.replace`     | `gaussian` at σ/2, with a `LooserBound` warning                       |
     | replace with "rdp"                  | ConfigError: no such bound is here                                    |
-    | σ < 0, q outside (0, 1], steps < 0, |                                                                       |
-    | δ outside (0, 1), NaN anywhere      | ConfigError                                                           |
+    | σ < 0, q outside (0, 1], δ outside  | ConfigError                                                           |
+    | (0, 1), NaN anywhere                |                                                                       |
+    | steps below 0 or above 2⁵³          | ConfigError                                                           |
     """
     check.one_of(ACCOUNTANTS, **{"privacy.accountant": accountant})
     check.one_of(ADJACENCIES, **{"privacy.adjacency": adjacency})
@@ -102,7 +104,7 @@ def checked(history: Mapping[tuple[float, float], int], delta: float) -> History
     for (sigma, rate), steps in history.items():
         check.not_negative(**{"privacy.noise_multiplier": sigma})
         check.fraction(**{"sampling rate": rate})
-        check.not_negative(steps=operator.index(steps))
+        check.between(0, MOST_STEPS, steps=operator.index(steps))
         if steps > 0 and sigma < math.inf:
             spent[float(sigma), float(rate)] = operator.index(steps)
     return spent

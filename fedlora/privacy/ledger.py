@@ -42,7 +42,7 @@ class Ledger:
         """Add `steps` steps of `client`; equal (σ, q) are counted together. Nothing is kept of 0 steps or σ = inf."""
         check.not_negative(**{"privacy.noise_multiplier": noise_multiplier})
         check.fraction(**{"sampling rate": rate})
-        check.not_negative(steps=operator.index(steps))
+        check.between(0, accounting.MOST_STEPS, steps=operator.index(steps))
         if steps and noise_multiplier < math.inf:
             history = self._spent.setdefault(operator.index(client), {})
             key = float(noise_multiplier), float(rate)
