@@ -42,8 +42,8 @@ class LoRAFair(LoRAStrategy):
         *,
         solver: Annotated[str, "ridge (closed form) or sgd (the paper's cosine objective)"] = "ridge",
         lam: Annotated[float, "λ, the weight of the penalty on the correction of B"] = 0.01,
-        steps: Annotated[int, "sgd: descent steps a round"] = 100,
-        lr: Annotated[float, "sgd: step, in units of ‖BĀ‖² / λ_max(ĀĀᵀ)"] = 1.0,
+        steps: Annotated[int, "descent steps a round", "strategy.solver=sgd"] = 100,
+        lr: Annotated[float, "step, in units of ‖BĀ‖² / λ_max(ĀĀᵀ)", "strategy.solver=sgd"] = 1.0,
         **keywords: Any,
     ) -> None:
         super().__init__(**keywords)
