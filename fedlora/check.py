@@ -77,7 +77,7 @@ def at_most(high: float, **setting: float) -> Any:
 
 def finite(**setting: float) -> Any:
     """The value of the one keyword, if it is a number and not infinite."""
-    return _require(setting, math.isfinite, "must be finite")
+    return _require(setting, lambda value: abs(value) < math.inf, "must be finite")
 
 
 def below_one(**setting: float) -> Any:

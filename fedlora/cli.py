@@ -36,7 +36,7 @@ def main(configs: Path, argv: Sequence[str] | None = None) -> int:
 
     0: done; 1: a run failed; 2: a setting, a file or a model must be put right first; 130: stopped by Ctrl-C.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)
     try:
         return check.exit_status(lambda: _command(configs, arguments))
     except BrokenPipeError:  # `--help | head`: nobody reads on, which is no fault
@@ -83,22 +83,23 @@ def _run(cells: list[Config]) -> int:
     return 1 if "failed" in statuses else 0
 
 
-def _deploy(cells: list[Config], project: Path) -> int:
+def _deploy(cells: list[Config], checkout: Path) -> int:
     """Run, or plan, the cells on real devices, one after another; one that fails ends it, since its devices may be gone."""
     from fedlora import terminal
-    from fedlora.deploy import launch
+    from fedlora.deploy import app, launch
 
     _quiet()
     done = []
-    for cell in cells:
-        if cell.plan:
-            launch.plan(cell, project)
-            continue
-        summary = launch.run(cell, project)
-        terminal.conclude(cell, summary)
-        if summary["status"] == "interrupted":
-            return 130
-        done.append((cell, summary))
+    with app.folder(checkout) as folder:
+        for cell in cells:
+            if cell.plan:
+                launch.plan(cell, folder)
+                continue
+            summary = launch.run(cell, folder)
+            terminal.conclude(cell, summary)
+            if summary["status"] == "interrupted":
+                return 130
+            done.append((cell, summary))
     if len(done) > 1:
         _tabulate(done)
     return 0
@@ -148,7 +149,7 @@ def _list(config: Config) -> int:
         own = ", ".join(f"{key}={p.default}" for key, p in strategies.settings(name).items())
         up, down = terminal.size(plan.bytes_up(state, strategy)), terminal.size(plan.bytes_down(state, strategy))
         secure = "yes" if strategy.linear else "no"
-        rows.append([name, strategy.paper, trains, up, down, exact, unequal, strategy.private.split(":")[0], secure, own])
+        rows.append([name, strategy.paper or "–", trains, up, down, exact, unequal, strategy.private.split(":")[0], secure, own])
     columns = ["strategy", "paper", "trains", "up", "down", "merge", "unequal ranks", "DP-SGD", "secure sums", "settings"]
     terminal.table(f"{config.model.name}, rank {config.adapter.rank}: bytes of a client and round", columns, rows)
     return 0

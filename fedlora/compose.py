@@ -77,14 +77,18 @@ def _composed(folder: Path, overrides: list[Override]) -> Config:
     from omegaconf.errors import OmegaConfBaseException
 
     # A strategy's settings are not in the schema: they are added by force here, and checked by the strategy later.
-    lines = [f"{'++' if o.key_or_group.startswith(STRATEGY) else ''}{o.input_line}" for o in overrides]
+    lines = [
+        f"{'++' if override.key_or_group.startswith(STRATEGY) else ''}{override.input_line}"
+        for override in overrides
+        if (override.key_or_group, override.value()) != ("experiment", None)  # which is what there is without it
+    ]
     ConfigStore.instance().store(name="schema", node=Config)
     try:
         with initialize_config_dir(str(folder.absolute()), version_base="1.3"):
             composed = hydra_compose("config", lines)
         OmegaConf.resolve(composed)
         values: Any = OmegaConf.to_container(composed, enum_to_str=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException, ValueError, RecursionError) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, OverflowError, RecursionError) as error:
         raise _one_sentence(error, overrides) from error
     if values["deploy"]:
         values["partition"] = _own_data(overrides)
@@ -145,7 +149,7 @@ def _named(folder: Path, config: Config) -> set[str]:
             content = OmegaConf.to_container(OmegaConf.load(file))
             groups: Any = content if whole else {group: content}
             names |= {f"{key}.{name}" for key in GROUPS if isinstance(groups.get(key), dict) for name in groups[key]}
-    return names
+    return {name for name in names if not name.endswith(".name")}
 
 
 def _refuse_unread(cells: list[list[Override]], configs: list[Config], failing: list[dict[str, Condition]]) -> None:
@@ -199,8 +203,8 @@ def _own_unread(config: Config, own: dict[str, Any]) -> dict[str, tuple[Conditio
 
 
 def _value(override: Override) -> Any:
-    """The value as it was typed, without the quotes."""
-    return override.value() if isinstance(override.value(), str) else override.get_value_element_as_str()
+    """The value as it was typed, a text without its quotes."""
+    return override.value() if isinstance(override.value(), str) else str(override.input_line).partition("=")[2]
 
 
 def _typed(override: Override) -> str:
@@ -212,8 +216,10 @@ def _one_sentence(error: Exception, overrides: list[Override]) -> ConfigError:
     from omegaconf.errors import ConfigTypeError, ValidationError
 
     cause = error.__cause__ if error.__cause__ is not None else error
-    name = str(getattr(cause, "full_key", None) or getattr(error, "full_key", None) or "").partition("[")[0]
     given = {override.key_or_group: override for override in overrides}
+    named = getattr(cause, "full_key", None) or getattr(error, "full_key", None)
+    refers = next((key for key, override in given.items() if "${" in str(override.input_line)), "")
+    name = str(named or refers).partition("[")[0]
     if name and isinstance(cause, ValidationError | ConfigTypeError):
         return grammar.wrong_type(name, str(_value(given[name])) if name in given else "(a file in configs/)")
     first = str(getattr(cause, "msg", None) or cause).strip().splitlines()[0].rstrip(".")

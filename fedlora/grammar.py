@@ -19,6 +19,8 @@ from fedlora.config import declared
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
+MOST_DIGITS = 300  # of a number: Python reads no more than 4300, and a float holds 308
+NAME = re.compile(r"[\w.-]+")
 FUNCTION = re.compile(r"(choice|range|interval|glob|shuffle|sort)\(.*\)")  # of Hydra's grammar of sweeps
 TEXT, TEXTS = (str, str | None), (list[str],)
 WORDS = {
@@ -34,28 +36,32 @@ def parsed(arguments: list[str], multirun: bool) -> list[Override]:
 
 def _parsed(argument: str, multirun: bool) -> Override:
     from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.core.override_parser.types import OverrideType
     from hydra.errors import HydraException
 
     for character in argument:
         if unicodedata.category(character) in ("Cc", "Cs"):  # a line break, or what is not Unicode
             raise ConfigError(f"{argument!a} has the character U+{ord(character):04X}, which no setting may have; remove it")
     key, equals, value = argument.partition("=")
+    if not NAME.fullmatch(key):
+        raise ConfigError(f"{check.shown(argument)} is not setting=value; write the name of a setting, = and its value")
     if not equals:
         example = declared()[key].default if key in declared() else None
         such = "" if example in (None, "", []) or isinstance(example, dict) else f", such as {key}={example}"
-        raise ConfigError(f"{check.shown(argument)} has no value; write {check.shown(key)}=<value>{such}")
+        raise ConfigError(f"{check.shown(key)} has no value; write {check.shown(key)}=<value>{such}")
+    if _type(key) not in (*TEXT, *TEXTS) and re.search(rf"\d{{{MOST_DIGITS},}}", value):
+        raise ConfigError(f"{key}={check.shown(value)} has a number of {MOST_DIGITS} digits or more; no setting takes it")
     try:
         override = OverridesParser.create().parse_override(f"{key}={quoted(key, value, multirun)}")
-    except (HydraException, ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
+    except (HydraException, RecursionError) as error:
+        if _type(key) not in (None, Any, *TEXT):
+            raise wrong_type(key, value) from error
         raise ConfigError(
-            f"{check.shown(argument)} cannot be read; write setting=value, and put quotes around a value with special "
-            f"characters, also for your shell: \"{check.shown(key)}='…'\""
+            f"{key}={check.shown(value)} cannot be read; put quotes around a value with special characters, and around these "
+            f"for your shell: \"{key}='…'\""
         ) from error
-    if override.type is not OverrideType.CHANGE or override.package is not None:
-        raise ConfigError(f"{check.shown(argument)} is not setting=value; write the name of the setting and nothing before it")
     if override.is_sweep_override() and not multirun:
-        quote = f", or put quotes around one value: \"{key}='{value}'\"" if _type(key) in (*TEXT, *TEXTS) else ""
+        quotes = _type(key) in TEXT and "'" not in value
+        quote = f", or put quotes around one value that has commas: \"{key}='{value}'\"" if quotes else ""
         raise ConfigError(f"{check.shown(argument)} names several values; add -m to run one cell for each{quote}")
     return override
 

@@ -65,7 +65,8 @@ def refuse(name: str, value: Any, condition: Condition, other: Any) -> ConfigErr
     if key == MULTIRUN:
         return ConfigError(f"{given} is not read without -m; add it, or remove {name}")
     if not condition.values:
-        return ConfigError(f"{given} is not read without {key}; set it, or remove {name}")
+        how = f"without {key}; set it" if other is None else f"with {key}={as_text(other)}; change that"
+        return ConfigError(f"{given} is not read {how}, or remove {name}")
     how = f"{given} is not read with {key}={check.shown(as_text(other))}"
     if condition.unset:
         return ConfigError(f"{how}; remove one of them")

@@ -19,6 +19,8 @@ from fedlora.check import ConfigError
 from fedlora.messages import ServerState, Update
 from strategies.base import FlowerFedAvg, LoRAStrategy
 
+MOST = 1e9  # that a number of a strategy's own settings may be
+
 _CLASSES: dict[str, type[LoRAStrategy]] = {}
 for _module in pkgutil.iter_modules(__path__):
     if _module.name != "base":
@@ -96,4 +98,9 @@ def _check_type(name: str, value: Any, setting: Setting) -> None:
     wanted = setting.type
     fits = isinstance(value, int | float) if wanted is float else isinstance(value, wanted)
     if not fits or (isinstance(value, bool) and wanted is not bool):
-        raise ConfigError(f"{name}={value} is of the wrong type; it takes {wanted.__name__} (default {setting.default})")
+        raise ConfigError(
+            f"{name}={check.shown(value)} is of the wrong type; it takes {wanted.__name__} (default {setting.default})"
+        )
+    if wanted in (int, float):
+        check.finite(**{name: value})
+        check.at_most(MOST, **{name: value})

@@ -49,6 +49,7 @@ class LoRAFair(LoRAStrategy):
         super().__init__(**keywords)
         self.solver = check.one_of(("ridge", "sgd"), **{"strategy.solver": solver})
         self.lam = check.not_negative(**{"strategy.lam": lam})
+        check.at_most(1e5, **{"strategy.steps": steps})
         self.steps = check.positive(**{"strategy.steps": steps})
         self.lr = check.positive(**{"strategy.lr": lr})
 
