@@ -149,7 +149,8 @@ def _list(config: Config) -> int:
         own = ", ".join(f"{key}={p.default}" for key, p in strategies.settings(name).items())
         up, down = terminal.size(plan.bytes_up(state, strategy)), terminal.size(plan.bytes_down(state, strategy))
         secure = "yes" if strategy.linear else "no"
-        rows.append([name, strategy.paper or "–", trains, up, down, exact, unequal, strategy.private.split(":")[0], secure, own])
+        paper, private = strategy.paper or "–", strategy.private.split(":")[0]
+        rows.append([name, paper, trains, up, down, exact, unequal, private, secure, own])
     columns = ["strategy", "paper", "trains", "up", "down", "merge", "unequal ranks", "DP-SGD", "secure sums", "settings"]
     terminal.table(f"{config.model.name}, rank {config.adapter.rank}: bytes of a client and round", columns, rows)
     return 0
