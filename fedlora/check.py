@@ -124,7 +124,8 @@ def suggest_setting(name: str, names: Iterable[str]) -> str:
     own = {known.rpartition(".")[2]: known for known in names if known.rpartition(".")[0] == group}
     namesakes = sorted(known for known in names if known.rpartition(".")[2] == last)
     typed = difflib.get_close_matches(last, own, n=1, cutoff=ALIKE) if group else []
-    near = [own[word] for word in typed] or namesakes or difflib.get_close_matches(name, sorted(names), n=1, cutoff=ALIKE)
+    alike = [] if own and group else difflib.get_close_matches(name, sorted(names), n=1, cutoff=ALIKE)
+    near = [own[word] for word in typed] or namesakes or alike
     if near:
         return f"did you mean {' or '.join(near)}?"
     if group and own:
@@ -140,10 +141,10 @@ def shown(value: object) -> str:
 
 def command() -> str:
     """How this program was called, for a sentence that says what to type."""
-    name = Path(sys.argv[0] if sys.argv else "").name
-    if name == "__main__.py":
+    typed = Path(sys.argv[0] if sys.argv else "")
+    if typed.name == "__main__.py" and typed.parent.name == "fedlora":
         return "python -m fedlora"
-    return "fedlora" if name.removesuffix(".exe") == "fedlora" else "python run.py"
+    return "fedlora" if typed.name.removesuffix(".exe") == "fedlora" else "python run.py"
 
 
 def _require(setting: dict[str, float], holds: Any, demand: str) -> Any:

@@ -204,7 +204,10 @@ def _own_unread(config: Config, own: dict[str, Any]) -> dict[str, tuple[Conditio
 
 def _value(override: Override) -> Any:
     """The value as it was typed, a text without its quotes."""
-    return override.value() if isinstance(override.value(), str) else str(override.input_line).partition("=")[2]
+    value = override.value()
+    if isinstance(value, list):
+        return f"[{','.join(map(str, value))}]"
+    return value if isinstance(value, str) else str(override.input_line).partition("=")[2]
 
 
 def _typed(override: Override) -> str:
