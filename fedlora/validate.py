@@ -35,7 +35,9 @@ def _check_cohort(cohort: str) -> None:
     """auto, or a number of clients; more digits than any number of clients has are not read as one."""
     number = int(cohort) if cohort.isascii() and cohort.isdecimal() and len(cohort) < 8 else 0
     if cohort != "auto" and not number:
-        raise ConfigError(f"engine.cohort={check.shown(cohort)} must be auto or a number of clients from 1 to 9,999,999")
+        raise ConfigError(
+            f"engine.cohort={check.shown(cohort)} must be auto or a number of clients from 1 on (at most 9,999,999)"
+        )
 
 
 def _check_address(engine: EngineConfig) -> None:

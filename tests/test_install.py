@@ -20,8 +20,8 @@ TOPS = ("fedlora", "strategies", "clients", "configs", "pyproject.toml", "README
 BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
 CALL = """import sys; from importlib.metadata import Distribution
 sys.argv = ["/usr/bin/fedlora", *sys.argv[2:]]
-commands = Distribution.at(sys.path[1]).entry_points
-sys.exit(next(c for c in commands if c.name == "fedlora").load()())"""
+commands = next(Distribution.discover(name="fedlora", path=[sys.path[1]])).entry_points
+sys.exit(next(command for command in commands if command.name == "fedlora").load()())"""
 
 
 def python(*arguments: str, path: Path, cwd: Path) -> subprocess.CompletedProcess[str]:
