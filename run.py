@@ -1,4 +1,4 @@
-"""The command line of fedlora: `python run.py --help`."""
+"""The command line of fedlora in a checkout: `python run.py --help`."""
 
 import sys
 from pathlib import Path

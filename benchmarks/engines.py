@@ -32,8 +32,9 @@ def measure(engine: str, folder: Path, overrides: list[str]) -> dict[str, float]
         f"results={folder}",
         f"name={engine}",
         "overwrite=true",
-        "engine.cohort=1",  # Flower plays client by client, and cohorts round otherwise
     ]
+    if engine != "flower":
+        command.append("engine.cohort=1")  # Flower plays client by client, and cohorts round otherwise
     subprocess.run([*command, *overrides], check=True, capture_output=True, cwd=sides.ROOT)
     summary = json.loads((folder / engine / "summary.json").read_text())
     rows = [json.loads(line) for line in (folder / engine / "rounds.jsonl").read_text().splitlines()]

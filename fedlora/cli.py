@@ -1,43 +1,47 @@
-"""The command line: everything a user typed is checked, for every cell of a sweep, before any work is done.
-
-Hydra's grammar and composition are used through its Compose API, so that one path serves a single run and a sweep, and
-so that a cell is composed once and what was checked is what is run.
-"""
+"""The commands: what a user typed is checked whole, for every cell of a sweep (`fedlora.compose`), before any work is done."""
 
 from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedlora import check
-from fedlora.check import ConfigError
-from fedlora.config import Config, from_dict, settings
+from fedlora.compose import compose as compose  # for those who make a configuration from a command line
+from fedlora.compose import compose_all, config_folder, expand
+from fedlora.config import Config, declared
 
-if TYPE_CHECKING:
-    from hydra.core.override_parser.types import Override
-
-EXAMPLES = """examples:
-  python run.py strategy=fedsvd clients=50
-  python run.py -m strategy=fedsvd,ffa_lora seed=1,2,3 rounds=20
-  python run.py experiment=sst2 dataset.path=train.tsv dataset.test=test.tsv model.path=bert-base-uncased plan=true
-"""
+EXAMPLES = (
+    "strategy=fedsvd clients=50",
+    "-m strategy=fedsvd,ffa_lora seed=1,2,3 rounds=20",
+    "experiment=sst2 dataset.path=train.tsv dataset.test=test.tsv model.path=bert-base-uncased plan=true",
+)
 
 DETAILED = 3  # cells of a sweep whose plans are printed whole
 
 
+def console() -> int:
+    """The command `fedlora`, and `python -m fedlora`."""
+    return main(config_folder())
+
+
 def main(configs: Path, argv: Sequence[str] | None = None) -> int:
-    """Run what the command line asks for. Returns the exit status.
+    """Run what the command line asks for, with the configuration files in the folder `configs`. Returns the exit status.
 
     0: done; 1: a run failed; 2: a setting, a file or a model must be put right first; 130: stopped by Ctrl-C.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)
     try:
         return check.exit_status(lambda: _command(configs, arguments))
+    except BrokenPipeError:  # `--help | head`: nobody reads on, which is no fault
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         print("stopped by Ctrl-C before a result was written", file=sys.stderr)
         return 130
@@ -47,9 +51,12 @@ def _command(configs: Path, arguments: argparse.Namespace) -> int:
     if arguments.help:
         print(help_text(configs))
         return 0
+    if arguments.version:
+        print(f"fedlora {version('fedlora')}")
+        return 0
     from fedlora import sweep
 
-    cells = [compose(configs, cell) for cell in expand(arguments.overrides, arguments.multirun)]
+    cells = compose_all(configs, expand(arguments.overrides, arguments.multirun), arguments.multirun)
     if arguments.list:
         return _list(cells[0])
     if len(cells) > 1:
@@ -57,90 +64,6 @@ def _command(configs: Path, arguments: argparse.Namespace) -> int:
     if cells[0].deploy:
         return _deploy(cells, configs.parent)
     return _plan(cells) if cells[0].plan else _run(cells)
-
-
-# ---- before any work
-
-
-def expand(overrides: list[str], multirun: bool) -> list[list[str]]:
-    """The cells of the sweep, each a list of overrides; one cell without `-m`. Raises ConfigError for bad grammar."""
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import OverrideParseException
-
-    try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-    except OverrideParseException as error:
-        raise ConfigError(f"{error.override} is not an override; write setting=value, such as clients=50") from error
-    for override in parsed:
-        if override.is_sweep_override() and not multirun:
-            raise ConfigError(f"{override.input_line} names several values; add -m to run one cell for each")
-    if not multirun:
-        return [overrides]
-    batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-    return [list(cell) for batch in batches for cell in batch]
-
-
-def compose(configs: Path, overrides: list[str]) -> Config:
-    """The checked configuration of one cell. Raises ConfigError, in one sentence, for anything that is wrong with it."""
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.core.config_store import ConfigStore
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    from fedlora import server
-
-    for override in OverridesParser.create().parse_overrides(overrides):
-        _check_name(configs, override)
-    # A strategy's settings are not in the schema: they are added by force here, and checked by the strategy below.
-    overrides = [f"++{text}" if text.startswith("strategy.") else text for text in overrides]
-    ConfigStore.instance().store(name="schema", node=Config)
-    try:
-        with initialize_config_dir(str(configs.absolute()), version_base="1.3"):
-            composed = hydra_compose("config", overrides)
-        OmegaConf.resolve(composed)
-        values: Any = OmegaConf.to_container(composed, enum_to_str=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_one_sentence(error)) from error
-    if values["deploy"]:
-        values["partition"] = _own_data(overrides)
-    config = from_dict(values)
-    config.checked()
-    server.make_strategy(config)
-    return config
-
-
-def _own_data(overrides: list[str]) -> dict[str, Any]:
-    """The partition of a deployment, which is none of the server's business; nor are the devices' files."""
-    for text in overrides:
-        if text.startswith(("partition", "dataset.path", "dataset.group")):
-            raise ConfigError(f"{text} does not go with deploy, where each device has its own data; remove it")
-    return {"name": "own"}
-
-
-def _check_name(configs: Path, override: Override) -> None:
-    """Refuses a setting, or an option of a group, that does not exist, with the nearest one that does."""
-    key, value = override.key_or_group, override.value()
-    groups = {folder.name for folder in configs.iterdir() if folder.is_dir()}
-    if key in groups and not isinstance(value, dict):
-        options = {file.stem for file in (configs / key).glob("*.yaml")}
-        check.one_of(options, **{key: str(value)})
-        return
-    names = {name for name, *_ in settings()} | groups
-    if key not in names and not key.startswith("strategy."):
-        raise ConfigError(f"{key} is not a setting; {check.suggest(key, names)}")
-
-
-def _one_sentence(error: Exception) -> str:
-    """What Hydra and OmegaConf spread over several lines: the complaint, with the setting it is about in front."""
-    cause = error.__cause__ if error.__cause__ is not None else error
-    key = getattr(cause, "full_key", None) or getattr(error, "full_key", None)
-    first = str(getattr(cause, "msg", None) or cause).strip().splitlines()[0].rstrip(".")
-    default = {name: value for name, value, _ in settings()}.get(str(key))
-    return f"{key}: {first} (default {default})" if key else first
 
 
 # ---- the work
@@ -160,22 +83,23 @@ def _run(cells: list[Config]) -> int:
     return 1 if "failed" in statuses else 0
 
 
-def _deploy(cells: list[Config], project: Path) -> int:
+def _deploy(cells: list[Config], checkout: Path) -> int:
     """Run, or plan, the cells on real devices, one after another; one that fails ends it, since its devices may be gone."""
     from fedlora import terminal
-    from fedlora.deploy import launch
+    from fedlora.deploy import app, launch
 
     _quiet()
     done = []
-    for cell in cells:
-        if cell.plan:
-            launch.plan(cell, project)
-            continue
-        summary = launch.run(cell, project)
-        terminal.conclude(cell, summary)
-        if summary["status"] == "interrupted":
-            return 130
-        done.append((cell, summary))
+    with app.folder(checkout) as folder:
+        for cell in cells:
+            if cell.plan:
+                launch.plan(cell, folder)
+                continue
+            summary = launch.run(cell, folder)
+            terminal.conclude(cell, summary)
+            if summary["status"] == "interrupted":
+                return 130
+            done.append((cell, summary))
     if len(done) > 1:
         _tabulate(done)
     return 0
@@ -225,7 +149,8 @@ def _list(config: Config) -> int:
         own = ", ".join(f"{key}={p.default}" for key, p in strategies.settings(name).items())
         up, down = terminal.size(plan.bytes_up(state, strategy)), terminal.size(plan.bytes_down(state, strategy))
         secure = "yes" if strategy.linear else "no"
-        rows.append([name, strategy.paper, trains, up, down, exact, unequal, strategy.private.split(":")[0], secure, own])
+        paper, private = strategy.paper or "–", strategy.private.split(":")[0]
+        rows.append([name, paper, trains, up, down, exact, unequal, private, secure, own])
     columns = ["strategy", "paper", "trains", "up", "down", "merge", "unequal ranks", "DP-SGD", "secure sums", "settings"]
     terminal.table(f"{config.model.name}, rank {config.adapter.rank}: bytes of a client and round", columns, rows)
     return 0
@@ -234,28 +159,47 @@ def _list(config: Config) -> int:
 def help_text(configs: Path) -> str:
     """Usage, three examples, the groups with their options, and every setting with its default and meaning."""
     import strategies
+    from fedlora import reads
 
-    lines = ["usage: python run.py [-m] [--list] [setting=value …]", "", EXAMPLES]
-    lines += ["flags:", "  -m, --multirun  run one cell for each combination of a,b,c values",
-              "  --list          the strategies: paper, what they train, bytes, exactness", ""]  # fmt: skip
+    lines = [f"usage: {check.command()} [-m] [--list] [setting=value …]", "", "examples:"]
+    lines += [f"  {check.command()} {example}" for example in EXAMPLES]
+    lines += ["", "flags:", "  -m, --multirun  run one cell for each combination of a,b,c values",
+              "  --list          the strategies: paper, what they train, bytes, exactness",
+              "  --version       the version of fedlora", ""]  # fmt: skip
     lines.append("groups:")
-    for folder in sorted(folder for folder in configs.iterdir() if folder.is_dir()):
+    for folder in sorted(folder for folder in configs.iterdir() if folder.is_dir() and not folder.name.startswith("_")):
         lines.append(f"  {folder.name}={'|'.join(sorted(file.stem for file in folder.glob('*.yaml')))}")
     lines += ["", "settings (default): meaning"]
-    for name, default, meaning in settings():
-        if name == "strategy":
-            continue
-        lines.append(f"  {name} ({'none' if default is None else default}): {meaning}")
+    for name, setting in declared().items():
+        if name != "strategy":
+            lines.append(f"  {name} ({_shown(setting.default)}): {reads.prefix(name)}{setting.help}")
+    owners: dict[tuple[str, Any, str], list[str]] = {}
     for strategy in strategies.names():
-        for name, setting in strategies.settings(strategy).items():
-            lines.append(f"  strategy.{name} ({setting.default}): {strategy}: {setting.help}")
+        for name, own in strategies.settings(strategy).items():
+            meaning = f"{', '.join(own.only)}: {own.help}" if own.only else own.help
+            owners.setdefault((name, own.default, meaning), []).append(strategy)
+    for (name, default, meaning), having in owners.items():
+        lines.append(f"  strategy.{name} ({_shown(default)}): {_all_of(having, strategies.names())}: {meaning}")
     return "\n".join(lines)
 
 
+def _shown(default: Any) -> str:
+    return "none" if default is None else str(default)
+
+
+def _all_of(some: list[str], every: list[str]) -> str:
+    """The names, or those that are missing where these are fewer."""
+    others = [name for name in every if name not in some]
+    if not others:
+        return "all"
+    return ", ".join(some) if len(some) <= len(others) else f"all but {', '.join(others)}"
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="run.py", add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog=check.command(), add_help=False, allow_abbrev=False)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--list", action="store_true")
+    parser.add_argument("--version", action="store_true")
     parser.add_argument("-m", "--multirun", action="store_true")
     parser.add_argument("overrides", nargs="*")
     return parser

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import lru_cache, partial, reduce
+from typing import Any, NamedTuple, get_type_hints
 
 from fedlora import check
 from fedlora.check import ConfigError
@@ -26,8 +29,8 @@ from fedlora.groups import (
     PrivacyConfig,
     ServerConfig,
     TrainConfig,
-    setting,
 )
+from fedlora.setting import Condition, setting
 from fedlora.validate import validate
 
 
@@ -36,19 +39,43 @@ class Config:
     """One experiment. `strategy` holds the strategy's name and that strategy's own settings."""
 
     name: str | None = setting(None, "folder of the results; none: made from the settings that differ from the defaults")
-    seed: int = setting(0, "the one seed; every random stream is derived from it")
-    clients: int = setting(50, "clients in the federation")
-    rounds: int = setting(30, "communication rounds")
-    clients_per_round: int | None = setting(None, "clients drawn each round, without replacement")
-    fraction: float | None = setting(0.2, "share of the clients drawn each round; not used with clients_per_round")
-    min_success: float = setting(0.5, "share of a round's clients that must return a usable update, else the run fails")
-    round_timeout: float = setting(3600.0, "seconds to wait for a round's clients")
+    seed: int = setting(0, "the one seed; every random stream is derived from it", takes=check.not_negative, most=1e18)
+    clients: int = setting(50, "clients in the federation", takes=check.positive, most=1e7)
+    rounds: int = setting(30, "communication rounds", takes=check.positive, most=1e5)
+    clients_per_round: int | None = setting(
+        None, "clients drawn each round, without replacement", takes=check.positive, most=1e7
+    )
+    fraction: float | None = setting(
+        0.2, "share of the clients drawn each round; none: all", takes=check.fraction, only="clients_per_round=null"
+    )
+    min_success: float = setting(
+        0.5, "share of a round's clients that must return a usable update, else the run fails", takes=check.fraction
+    )
+    round_timeout: float = setting(3600.0, "seconds to wait for a round's clients", takes=check.positive, most=1e8)
     deploy: str | None = setting(None, "name of the connection to a SuperLink, whose devices are the clients; none: simulate")
-    min_online: int | None = setting(None, "deploy: devices that a round waits for; none: all clients")
-    patience: float = setting(600.0, "deploy: seconds that a round waits for them, and that a SuperLink out of reach is tried")
-    device: str = setting("auto", "auto, cpu or cuda: what clients and the evaluation compute on")
-    threads: int = setting(1, "torch threads a process; part of the numbers, since it orders sums")
-    aggregation: str = setting("plain", "plain, or secure: the server learns sums of updates only (linear strategies)")
+    min_online: int | None = setting(
+        None, "devices that a round waits for; none: all clients", takes=check.positive, most=1e7, only="deploy"
+    )
+    patience: float = setting(
+        600.0,
+        "seconds that a round waits for them, and that a SuperLink out of reach is tried",
+        takes=check.positive,
+        most=1e8,
+        only="deploy",
+    )
+    device: str = setting(
+        "auto",
+        "auto, cpu or cuda: what clients and the evaluation compute on",
+        takes=partial(check.one_of, ("auto", "cpu", "cuda")),
+    )
+    threads: int = setting(
+        1, "torch threads a process; part of the numbers, since it orders sums", takes=check.positive, most=512
+    )
+    aggregation: str = setting(
+        "plain",
+        "plain, or secure: the server learns sums of updates only (linear strategies)",
+        takes=partial(check.one_of, ("plain", "secure")),
+    )
     save_merged: bool = setting(False, "save the merged model as well (merged/), as transformers reads it")
     results: str = setting("results", "folder that holds the results folders")
     overwrite: bool = setting(False, "run again where finished results or those of other settings stand")
@@ -100,7 +127,13 @@ class Config:
         return digest(self)
 
     def checked(self) -> Config:
-        """This configuration, if its values are possible together; raises ConfigError with one sentence otherwise."""
+        """This configuration, if each value is possible and all are together; else raises ConfigError, in one sentence."""
+        for name, said in declared().items():
+            value = value_of(self, name)
+            if said.takes is not None and value is not None:
+                said.takes(**{name: value})
+                if said.most < math.inf:
+                    check.at_most(said.most, **{name: value})
         validate(self)
         return self
 
@@ -110,17 +143,33 @@ def from_dict(values: dict[str, Any]) -> Config:
     return _build(Config, values, "")
 
 
-def settings(config_class: type = Config, prefix: str = "") -> list[tuple[str, Any, str]]:
-    """Every setting as (dotted name, default, help), groups in their order."""
-    rows: list[tuple[str, Any, str]] = []
-    for item in dataclasses.fields(config_class):
-        group = GROUPS.get(item.name) if config_class is Config else None
-        if group:
-            rows += settings(group, f"{item.name}.")
-        else:
-            default = item.default if item.default is not dataclasses.MISSING else item.default_factory()  # type: ignore[operator]
-            rows.append((prefix + item.name, default, item.metadata["help"]))
+class Declared(NamedTuple):
+    """What the declaration of a setting says (`fedlora.setting.setting`)."""
+
+    default: Any
+    type: Any
+    help: str
+    takes: Callable[..., Any] | None
+    most: float
+    only: tuple[Condition, ...]
+
+
+@lru_cache(maxsize=1)
+def declared() -> Mapping[str, Declared]:
+    """Every setting by its dotted name, groups in their order. A default that is a list or a dict is not to be changed."""
+    rows: dict[str, Declared] = {}
+    for prefix, config_class in (("", Config), *((f"{name}.", group) for name, group in GROUPS.items())):
+        hints = get_type_hints(config_class)
+        for item in dataclasses.fields(config_class):
+            if prefix or item.name not in GROUPS:
+                default = item.default if item.default is not dataclasses.MISSING else item.default_factory()  # type: ignore[operator]
+                rows[prefix + item.name] = Declared(default, hints[item.name], **item.metadata)
     return rows
+
+
+def value_of(config: Config, name: str) -> Any:
+    """The value of the setting of this dotted name."""
+    return reduce(getattr, name.split("."), config)
 
 
 GROUPS: dict[str, type] = {

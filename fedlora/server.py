@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import strategies
+from fedlora import check
 from fedlora.check import ConfigError
 from fedlora.config import Config
 from fedlora.secure import LEAST
@@ -50,7 +51,7 @@ def make_strategy(config: Config) -> LoRAStrategy:
         if not strategy.linear:
             raise ConfigError(
                 f"aggregation=secure does not go with strategy={strategy.name}, whose server step needs each client's own "
-                "factors and not their sum alone; python run.py --list shows those that it goes with"
+                f"factors and not their sum alone; {check.command()} --list shows those that it goes with"
             )
         strategy.sum_of = secure.SecureMean(config.server.secure_bound, LEAST[config.privacy.name])
     if strategy.withholds and (config.server.mean != "weighted" or config.privacy.name == "user"):

@@ -19,6 +19,8 @@ from fedlora.check import ConfigError
 from fedlora.messages import ServerState, Update
 from strategies.base import FlowerFedAvg, LoRAStrategy
 
+MOST = 1e9  # that a number of a strategy's own settings may be
+
 _CLASSES: dict[str, type[LoRAStrategy]] = {}
 for _module in pkgutil.iter_modules(__path__):
     if _module.name != "base":
@@ -47,11 +49,15 @@ def strategy_class(name: str) -> type[LoRAStrategy]:
 
 
 class Setting(NamedTuple):
-    """A setting of a strategy, as its signature declares it: `every: Annotated[int, "what it means"] = 1`."""
+    """A setting of a strategy, as its signature declares it: `every: Annotated[int, "what it means"] = 1`.
+
+    A third argument of Annotated, such as "strategy.solver=sgd", names what else must be chosen for the setting to be read.
+    """
 
     default: Any
     type: type
     help: str
+    only: tuple[str, ...] = ()
 
 
 def settings(name: str) -> dict[str, Setting]:
@@ -63,10 +69,8 @@ def settings(name: str) -> dict[str, Setting]:
         if issubclass(base, LoRAStrategy) and base is not LoRAStrategy and "__init__" in vars(base):
             own |= {key: p for key, p in inspect.signature(base.__init__).parameters.items() if p.kind is p.KEYWORD_ONLY}
             hints |= get_type_hints(base.__init__, include_extras=True)
-    return {
-        key: Setting(p.default, type(p.default), *getattr(hints[key], "__metadata__", ("",)))
-        for key, p in (shared | own).items()
-    }
+    said = {key: getattr(hints[key], "__metadata__", ("",)) for key in shared | own}
+    return {key: Setting(p.default, type(p.default), said[key][0], said[key][1:]) for key, p in (shared | own).items()}
 
 
 def make(name: str, **keywords: Any) -> LoRAStrategy:
@@ -94,4 +98,9 @@ def _check_type(name: str, value: Any, setting: Setting) -> None:
     wanted = setting.type
     fits = isinstance(value, int | float) if wanted is float else isinstance(value, wanted)
     if not fits or (isinstance(value, bool) and wanted is not bool):
-        raise ConfigError(f"{name}={value} is of the wrong type; it takes {wanted.__name__} (default {setting.default})")
+        raise ConfigError(
+            f"{name}={check.shown(value)} is of the wrong type; it takes {wanted.__name__} (default {setting.default})"
+        )
+    if wanted in (int, float):
+        check.finite(**{name: value})
+        check.at_most(MOST, **{name: value})

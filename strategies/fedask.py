@@ -43,6 +43,7 @@ class FedASK(LoRAStrategy):
     ) -> None:
         super().__init__(**keywords)
         self.factors = check.one_of(("AB", "B"), **{"strategy.factors": factors})
+        check.at_most(1000, **{"strategy.oversampling": oversampling})
         self.oversampling = check.not_negative(**{"strategy.oversampling": oversampling})
 
     def trained(self, round: int) -> str:

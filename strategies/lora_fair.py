@@ -42,13 +42,14 @@ class LoRAFair(LoRAStrategy):
         *,
         solver: Annotated[str, "ridge (closed form) or sgd (the paper's cosine objective)"] = "ridge",
         lam: Annotated[float, "λ, the weight of the penalty on the correction of B"] = 0.01,
-        steps: Annotated[int, "sgd: descent steps a round"] = 100,
-        lr: Annotated[float, "sgd: step, in units of ‖BĀ‖² / λ_max(ĀĀᵀ)"] = 1.0,
+        steps: Annotated[int, "descent steps a round", "strategy.solver=sgd"] = 100,
+        lr: Annotated[float, "step, in units of ‖BĀ‖² / λ_max(ĀĀᵀ)", "strategy.solver=sgd"] = 1.0,
         **keywords: Any,
     ) -> None:
         super().__init__(**keywords)
         self.solver = check.one_of(("ridge", "sgd"), **{"strategy.solver": solver})
         self.lam = check.not_negative(**{"strategy.lam": lam})
+        check.at_most(1e5, **{"strategy.steps": steps})
         self.steps = check.positive(**{"strategy.steps": steps})
         self.lr = check.positive(**{"strategy.lr": lr})
 

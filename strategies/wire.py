@@ -43,8 +43,8 @@ class Wire(FlowerFedAvg):
     down: ClassVar[str] = "AB"  # what has to be sent down to clients that can derive the rest; "R": A by its rotation
     redraws: ClassVar[bool] = False  # every round begins with an A drawn from the seed, and with B zero
     withholds: ClassVar[bool] = False  # clients keep the factors they trained, until `gather` asks for what merge needs of them
-    paper: ClassVar[str]  # name and arXiv number
-    exact: ClassVar[bool]  # whether the merged product is Σ p_k B_k A_k
+    paper: ClassVar[str] = ""  # name and arXiv number
+    exact: ClassVar[bool] = False  # whether the merged product is Σ p_k B_k A_k
     linear: ClassVar[bool] = False  # whether merge needs no more of the updates than their weighted mean
     steady: ClassVar[bool] = True  # whether a merge stays in the coordinates that clients were given
     unequal: ClassVar[str] = "its server step is not made for them"  # unequal ranks: "native", "padded", or why not

@@ -27,8 +27,11 @@ ALLOWED = {
     "fedlora.sums": {"fedlora.messages", "fedlora.untrusted"},
     "fedlora.participation": {"fedlora.seeds"},
     "fedlora.validate": {"fedlora.check", "fedlora.data", "fedlora.models", "fedlora.secure"},
-    "fedlora.groups": set(),
-    "fedlora.config": {"fedlora.check", "fedlora.groups", "fedlora.identity", "fedlora.validate"},
+    "fedlora.setting": set(),
+    "fedlora.groups": {"fedlora.check", "fedlora.setting"},
+    "fedlora.config": {"fedlora.check", "fedlora.groups", "fedlora.identity", "fedlora.setting", "fedlora.validate"},
+    "fedlora.reads": {"fedlora.check", "fedlora.config", "fedlora.setting"},
+    "fedlora.grammar": {"fedlora.check", "fedlora.config"},
     "fedlora.identity": {"strategies"},
     "fedlora.data": {"fedlora.check", "fedlora.seeds", "fedlora.config"},
     "fedlora.models": {
@@ -68,6 +71,7 @@ ALLOWED = {
     "fedlora.privacy.selftest": {
         "fedlora.check",
         "fedlora.cli",
+        "fedlora.compose",
         "fedlora.models",
         "fedlora.privacy.refusals",
         "fedlora.seeds",

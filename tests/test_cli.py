@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from fedlora import cli
+from fedlora.config import declared
 from tests.conftest import ROOT, run_py
 
 FAST = ["engine=inline", "clients=4", "rounds=2", "fraction=null", "train.steps=1", "device=cpu"]
@@ -43,7 +44,7 @@ def refused(capsys, *arguments: str) -> str:
         (["strategy=fedavg", "strategy.every=2"], "strategy.every is not a setting of fedavg; choose one of: init"),
         (["strategy.evry=2"], "strategy.evry is not a setting of fedsvd; did you mean every?"),
         (["strategy.every=often"], "strategy.every=often is of the wrong type; it takes int (default 1)"),
-        (["rounds=many"], "rounds: Value 'many' of type 'str' could not be converted to Integer (default 30)"),
+        (["rounds=many"], "rounds=many is not a whole number (default 30)"),
         (["rounds=0"], "rounds=0 is out of range; it must be above 0"),
         (["train.lr=-1"], "train.lr=-1.0 is out of range; it must be above 0"),
         (["train.lr=nan"], "train.lr=nan is out of range; it must be above 0"),
@@ -55,7 +56,7 @@ def refused(capsys, *arguments: str) -> str:
         (["train.optimizer=adam"], "train.optimizer=adam is not known; did you mean adamw?"),
         (["train.steps=null"], "train.steps and train.epochs are both none; set one of them"),
         (["seed=1,2"], "seed=1,2 names several values; add -m to run one cell for each"),
-        (["clients"], "clients is not an override; write setting=value, such as clients=50"),
+        (["clients"], "clients has no value; write clients=<value>, such as clients=50"),
         (["model=hf"], "model=hf needs model.path=<folder or hub name>"),
         (["dataset=files"], "dataset=files needs dataset.path=<file>"),
         (["partition=natural"], "partition=natural needs natural client ids; name their column by dataset.group"),
@@ -71,8 +72,8 @@ def test_help_names_every_setting_with_its_default_and_three_examples(capsys) ->
     assert cli.main(ROOT / "configs", ["--help"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("  python run.py") == 3
-    for name, _, meaning in cli.settings():
-        assert name == "strategy" or (f"  {name} (" in printed and meaning in printed)
+    for name, setting in declared().items():
+        assert name == "strategy" or (f"  {name} (" in printed and setting.help in printed)
 
 
 def test_list_prints_every_strategy_with_its_paper(capsys) -> None:

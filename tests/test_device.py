@@ -625,7 +625,7 @@ def test_named_classes_let_a_file_lack_some_and_a_server_have_no_training_data(t
         (["partition=iid"], "partition=iid does not go with deploy"),
         (["dataset.path=x.csv"], "dataset.path=x.csv does not go with deploy"),
         (["dataset.classes=[]"], "dataset.classes=[]; name all labels"),
-        (["dataset=digits"], "dataset=digits; set dataset=files"),
+        (["dataset=digits"], "dataset.text=text is not read with dataset=digits; set dataset=files"),
         (["min_online=60"], "min_online=60 is more than clients=50"),
     ],
 )
@@ -635,6 +635,8 @@ def test_settings_that_do_not_go_with_devices_are_refused_in_one_sentence(overri
     usual = ["deploy=here", "dataset=files", "dataset.text=text", "dataset.classes=[a,b]", "model=hf", "model.path=x"]
     assert cli.main(ROOT / "configs", [*usual, *overrides]) == 2
     assert sentence in capsys.readouterr().err
+    assert cli.main(ROOT / "configs", ["deploy=here"]) == 2
+    assert "deploy=here does not go with dataset=digits; set dataset=files" in capsys.readouterr().err
 
 
 # ---- the roll call, and the plan that follows from it

@@ -11,7 +11,7 @@ import pytest
 
 from fedlora import cli, data
 from fedlora.check import ConfigError
-from fedlora.config import Config, DatasetConfig
+from fedlora.config import Config, DatasetConfig, declared
 from fedlora.data import Dataset, Examples, domains
 from tests.conftest import ROOT, run_py
 
@@ -184,7 +184,7 @@ def test_what_is_refused_before_any_data(names: list[str], group: str | None, me
 
 def test_every_domain_is_in_the_help() -> None:
     assert domains.names() == sorted(ALL)
-    meaning = next(meaning for name, _, meaning in cli.settings() if name == "dataset.domains")
+    meaning = declared()["dataset.domains"].help
     assert all(name in meaning for name in ALL)
 
 

@@ -128,7 +128,7 @@ def test_a_folder_that_cannot_be_written_is_named(quick, monkeypatch, name) -> N
 
 
 def test_a_million_checkpoints_are_refused(quick) -> None:  # noqa: F811
-    with pytest.raises(ConfigError, match=r"checkpoint.keep=1000000000 is above 1000"):
+    with pytest.raises(ConfigError, match=r"checkpoint.keep=1000000000 is out of range; it must be at most 1,000"):
         quick(checkpoint__keep=10**9)
 
 

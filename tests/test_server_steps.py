@@ -275,8 +275,8 @@ def test_every_strategy_takes_a_robust_mean(name, mean) -> None:
     [
         ({"server__mean": "mean"}, "server.mean=mean is not known"),
         ({"server__optimizer": "sgd"}, "server.optimizer=sgd is not known"),
-        ({"server__trim": 0.5}, "server.trim=0.5 must be at least 0 and below 0.5"),
-        ({"server__trim": -0.1}, "server.trim=-0.1 must be"),
+        ({"server__trim": 0.5}, "server.trim=0.5 is out of range; it must be at least 0 and below 0.5"),
+        ({"server__trim": -0.1}, "server.trim=-0.1 is out of range"),
         ({"server__lr": 0.0}, "server.lr=0.0 is out of range"),
         ({"server__momentum": 1.0}, "server.momentum=1.0 is out of range"),
         ({"server__beta2": 1.0}, "server.beta2=1.0 is out of range"),

@@ -20,9 +20,9 @@ from fedlora.config import GROUPS, Config, from_dict
 from fedlora.deploy.holdings import Holdings, identity, localised, work
 from fedlora.deploy.limits import Limits, beyond
 from fedlora.deploy.reasons import Reason, Refused
+from fedlora.groups.running import LARGEST_NOISE
 from fedlora.participation import draw_cohort, schedule
 from fedlora.server import make_strategy
-from fedlora.validate import LARGEST
 from fedlora.workbench import Workbench
 from strategies import LoRAStrategy
 from strategies.updates import at_rank
@@ -95,7 +95,7 @@ class Experiment:
         if not isinstance(stated, list) or len(stated) != self.config.clients:
             raise _inconsistent("no list of a noise multiplier for each client")
         sigma = stated[self.own.client]
-        if isinstance(sigma, bool) or not isinstance(sigma, int | float) or not 0 <= sigma <= LARGEST:
+        if isinstance(sigma, bool) or not isinstance(sigma, int | float) or not 0 <= sigma <= LARGEST_NOISE:
             raise _inconsistent(f"a noise multiplier of {sigma!r}")
         if privacy.noise_multiplier is not None:
             enough = sigma >= privacy.noise_multiplier

@@ -16,7 +16,6 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,10 +27,11 @@ from clients.private import Mechanism
 from clients.train import train
 from fedlora import cli, workbench
 from fedlora.check import ConfigError
+from fedlora.compose import config_folder
 from fedlora.privacy.refusals import trained
 from fedlora.workbench import Workbench
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = config_folder()
 RECORDS = 8  # of different lengths, that the checks look at
 NOBODY = 1e-9  # an expected batch size with which a step draws no record
 ONE_STEP = {"steps": 1, "epochs": None, "warmup": 0.0, "schedule": "constant"}
