@@ -22,6 +22,13 @@ class ModelConfig:
     max_length: int = setting(128, "text: tokens kept of each example")
     dtype: str = setting("float32", "of the frozen base: float32, or bfloat16 (adapters, gradients and noise stay float32)")
     dropout: bool = setting(False, "hf: the base's own dropout acts in training too; off: its features are fixed")
+    head: Any = setting("auto", "the checkpoint's own head: auto (by class names), position, new, or a map {its class: ours}")
+    max_unknown: float = setting(0.05, "text: share of tokens that the tokenizer may not know; above it a run is refused")
+
+    def __post_init__(self) -> None:
+        """Names of classes are text, as they are in JSON."""
+        if isinstance(self.head, dict):
+            self.head = {str(name): str(value) for name, value in self.head.items()}
 
 
 @dataclass

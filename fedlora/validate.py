@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from fedlora import check, data, models
 from fedlora.check import ConfigError
 from fedlora.data import domains, partition
+from fedlora.models import heads
 
 if TYPE_CHECKING:
     from fedlora.config import Config, DatasetConfig, EngineConfig, TrainConfig
@@ -237,6 +238,8 @@ def _check_data(config: Config) -> None:
     check.one_of(data.names(), **{"dataset.name": config.dataset.name})
     check.one_of(partition.names(), **{"partition.name": config.partition.name})
     check.positive(**{"model.max_length": config.model.max_length})
+    heads.checked(config.model.head)
+    check.between(0, 1, **{"model.max_unknown": config.model.max_unknown})
     check.one_of(("float32", "bfloat16"), **{"model.dtype": config.model.dtype})
     check.positive(**{"partition.alpha": config.partition.alpha})
     check.positive(**{"partition.min_examples": config.partition.min_examples})

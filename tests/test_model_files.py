@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from fedlora import models
 from fedlora.check import ConfigError
@@ -23,8 +25,9 @@ def digest(path) -> str:
 def folder(tmp_path):
     made = tmp_path / "model"
     made.mkdir()
-    for name, text in {"config.json": "{}", "model.safetensors": "weights", "vocab.txt": "a b"}.items():
+    for name, text in {"config.json": "{}", "vocab.txt": "a b"}.items():
         (made / name).write_text(text)
+    save_file({"weight": np.zeros(4)}, made / "model.safetensors")
     return made
 
 
@@ -32,7 +35,10 @@ def folder(tmp_path):
 def test_the_digest_follows_weights_configuration_and_tokenizer(folder, name) -> None:
     before = digest(folder)
     assert len(before) == 64 and before == digest(folder)
-    (folder / name).write_text("changed")
+    if name == "model.safetensors":
+        save_file({"weight": np.ones(4)}, folder / name)
+    else:
+        (folder / name).write_text("changed")
     assert digest(folder) != before
 
 
@@ -45,8 +51,8 @@ def test_the_digest_is_of_what_is_in_the_files_and_not_of_where_or_when(folder, 
 
 def test_a_change_of_a_file_that_keeps_its_size_is_seen_in_one_process(folder) -> None:
     before = digest(folder)
-    (folder / "model.safetensors").write_text("weighty")
-    os.utime(folder / "model.safetensors", ns=(1, 1))
+    (folder / "vocab.txt").write_text("a c")
+    os.utime(folder / "vocab.txt", ns=(1, 1))
     assert digest(folder) != before
 
 
