@@ -46,7 +46,8 @@ class AdaptedModel:
         self.target_modules = target_modules(base.model, config.target_modules)
         self.base, self.head_is_new = base, bool(base.new)
         self.trains_head = self.head_is_new if config.train_head is None else config.train_head
-        saved = head_modules(base) if self.trains_head or self.head_is_new else None
+        # PEFT reads no adapter of a text classifier without its head, though the base has the same one.
+        saved = head_modules(base) if self.trains_head or self.head_is_new or base.task else None
         lora = peft.LoraConfig(
             r=config.rank,
             lora_alpha=config.alpha,
