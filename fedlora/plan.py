@@ -67,9 +67,7 @@ def derive(bench: Workbench, strategy: LoRAStrategy, state: ServerState, guard: 
     counts = np.array([len(bench.examples_of(client)[0]) for client in range(config.clients)])
     parameters = trained(state, strategy)
     head = "trained" if model.trains_head else "frozen"
-    why = "adapter.train_head" if config.adapter.train_head is not None else (
-        "the checkpoint has none for these classes" if model.head_is_new else "the checkpoint has one"
-    )  # fmt: skip
+    why = model.base.head + ("" if config.adapter.train_head is None else f"; adapter.train_head={config.adapter.train_head}")
     rows = [
         ("scale", f"{model.scale:g}", f"alpha {config.adapter.alpha:g} / rank {config.adapter.rank}"),
         ("layers", f"{len(state.adapters)}", f"target modules {', '.join(model.target_modules)}"),

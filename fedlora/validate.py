@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from fedlora import check, data, models
 from fedlora.check import ConfigError
 from fedlora.data import domains, partition
+from fedlora.models import heads
 
 if TYPE_CHECKING:
     from fedlora.config import Config, DatasetConfig, EngineConfig, TrainConfig
@@ -167,6 +168,7 @@ def _check_data(config: Config) -> None:
     check.one_of(models.names(), **{"model.name": config.model.name})
     check.one_of(data.names(), **{"dataset.name": config.dataset.name})
     check.one_of(partition.names(), **{"partition.name": config.partition.name})
+    heads.checked(config.model.head)
     _check_domains(config.dataset)
     if config.model.name == "hf" and not config.model.path:
         raise ConfigError("model=hf needs model.path=<folder or hub name>")

@@ -25,6 +25,7 @@ from fedlora.models.base import Base
 from fedlora.models.encode import Encoded
 from fedlora.models.prefix import Prefix
 from fedlora.models.rows import Rows
+from fedlora.models.trial import tried
 
 
 @dataclass
@@ -111,7 +112,9 @@ def _model(resident: Resident) -> tuple[Base, AdaptedModel]:
     threadpool_limits(resident.threads, "blas")  # the server's sums too, which a machine's cores would order otherwise
     dataset = _examples(resident)
     base = models.load(settings.ModelConfig(**json.loads(resident.model)), dataset, resident.seed)
-    return base, AdaptedModel(base, settings.AdapterConfig(**json.loads(resident.adapter)), torch_device(resident.device))
+    model = AdaptedModel(base, settings.AdapterConfig(**json.loads(resident.adapter)), torch_device(resident.device))
+    tried(model, dataset)
+    return base, model
 
 
 @lru_cache(maxsize=2)

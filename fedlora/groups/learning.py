@@ -25,6 +25,20 @@ class ModelConfig:
         takes=partial(check.one_of, ("float32", "bfloat16")),
     )
     dropout: bool = setting(False, "the base's own dropout acts in training too; off: its features are fixed", only="model=hf")
+    head: Any = setting(
+        "auto", "the checkpoint's own head: auto (by class names), position, new, or a map {its class: ours}", only="model=hf"
+    )
+    max_unknown: float = setting(
+        0.05,
+        "share of tokens that the tokenizer may not know; above it a run is refused",
+        takes=partial(check.between, 0, 1),
+        only=("model=hf", "dataset!=digits", "dataset.image=null"),
+    )
+
+    def __post_init__(self) -> None:
+        """Names of classes are text, as they are in JSON."""
+        if isinstance(self.head, dict):
+            self.head = {str(name): str(value) for name, value in self.head.items()}
 
 
 @dataclass

@@ -7,7 +7,6 @@ x ──┬── W0 (frozen) ────────────────�
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import warnings
 from collections.abc import Mapping
@@ -25,6 +24,7 @@ from fedlora.check import ConfigError
 from fedlora.config import AdapterConfig
 from fedlora.lowrank import Adapters, Pair
 from fedlora.messages import Factors
+from fedlora.models import export
 from fedlora.models.base import Base
 from fedlora.models.encode import PREFIX
 from fedlora.models.targets import block_numbers, file_name, head_modules, target_modules
@@ -44,9 +44,10 @@ class AdaptedModel:
         import peft
 
         self.target_modules = target_modules(base.model, config.target_modules)
-        self.head_is_new = bool(base.new)
+        self.base, self.head_is_new = base, bool(base.new)
         self.trains_head = self.head_is_new if config.train_head is None else config.train_head
-        saved = head_modules(base) if self.trains_head or self.head_is_new else None
+        # PEFT reads no adapter of a text classifier without its head, though the base has the same one.
+        saved = head_modules(base) if self.trains_head or self.head_is_new or base.task else None
         lora = peft.LoraConfig(
             r=config.rank,
             lora_alpha=config.alpha,
@@ -206,47 +207,12 @@ class AdaptedModel:
         return Pair(A, lowrank.draw((rank, m), init, rng).T.copy() if mixes else np.zeros((m, rank), np.float32))
 
     def save(self, folder: Path) -> None:
-        """What was written, in PEFT's own format: `PeftModel.from_pretrained(base, folder)` reads it.
-
-        R is folded into A; with a base correction the adapter holds both, at the sum of their ranks.
-        """
-        whole, config = self._whole(), self.peft.peft_config["default"]
-        state = {name: tensor for name, tensor in self.peft.state_dict().items() if ".lora_R." not in name}
-        for layer, pair in whole.items():
-            for factor, array in pair._asdict().items():
-                state[f"{layer}.lora_{factor}.default.weight"] = torch.from_numpy(array)
-        usual = config.r, config.lora_alpha
-        config.r = next(iter(whole.values())).rank
-        config.lora_alpha = self.scale * config.r
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Could not find a config file")
-                self.peft.save_pretrained(str(folder), state_dict=state)
-        finally:
-            config.r, config.lora_alpha = usual
+        """What was written, in PEFT's own format: `PeftModel.from_pretrained(base, folder)` reads it."""
+        export.adapter(self, folder)
 
     def save_merged(self, folder: Path) -> None:
         """The base model with everything that was written merged into it: `AutoModel….from_pretrained(folder)` reads it."""
-        other = copy.deepcopy(self.peft)
-        with torch.no_grad():
-            for layer, pair in self._whole().items():
-                module: Any = other.get_submodule(layer)
-                for factor, array in pair._asdict().items():
-                    _put(getattr(module, f"lora_{factor}")["default"].weight, array)
-                module.scaling["default"] = self.scale
-        other.merge_and_unload().save_pretrained(str(folder))
-
-    def _whole(self) -> Adapters:
-        """R folded in and the correction beside it, all at one rank, in the scale alpha / rank of the settings."""
-        adapters, _ = messages.fold(self.adapters(), self.dense())
-        both = {
-            layer: lowrank.stack([Pair(*map(_numpy, self.correction[layer])), pair], np.ones(2))
-            if layer in self.correction
-            else pair
-            for layer, pair in adapters.items()
-        }
-        rank = max(pair.rank for pair in both.values())
-        return {layer: lowrank.pad(pair, rank) for layer, pair in both.items()}
+        export.merged(self, folder)
 
     def _beside(self) -> dict[str, nn.Parameter]:
         """What is trained besides the factors, by name."""

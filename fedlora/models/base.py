@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import nn
 
 from fedlora.data import Examples
 from fedlora.models.encode import Encoded
+
+
+def _nothing(folder: Path) -> None:
+    """Saves nothing."""
 
 
 @dataclass
@@ -24,3 +29,8 @@ class Base:
     new: list[str] = field(default_factory=list)
     dropout: bool = False
     dtype: str = "float32"
+    classes: list[str] = field(default_factory=list)  # the dataset's class of each logit; empty: in the dataset's order
+    head: str = ""  # where the head comes from, for the plan
+    source: str = ""  # folder or hub name of the checkpoint, as an adapter's file records it
+    task: str | None = None  # PEFT's name of the task: SEQ_CLS for text
+    save_inputs: Callable[[Path], None] = _nothing  # the tokenizer or image processor, into a folder

@@ -2,85 +2,143 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedlora import seeds
 from fedlora.check import ConfigError
 from fedlora.config import ModelConfig
 from fedlora.data import Dataset, Examples
+from fedlora.models import adapters, files, heads, tokens
 from fedlora.models.base import Base
-from fedlora.models.encode import Encoded, Images, Texts
+from fedlora.models.encode import Encoded, Images
+from fedlora.models.reading import PROCESSOR, quiet, reading
+
+
+class Classifier(NamedTuple):
+    """A checkpoint with a head for the dataset's classes."""
+
+    model: nn.Module
+    new: list[str]  # names of the parameters that it lacked, drawn at random
+    classes: list[str]  # the dataset's class of each logit
+    head: str  # where the head comes from, for the plan
 
 
 def load(config: ModelConfig, dataset: Dataset, seed: int) -> Base:
     """The checkpoint at `config.path` with its own tokenizer or image processor. Raises ConfigError, naming model.path."""
     path = str(config.path)
-    model, new = load_classifier(path, dataset, seed)
-    with _reading(path):
-        encode = _text_encoder(config, model) if dataset.kind == "text" else _image_encoder(path, model)
-    return Base(model, encode, new, config.dropout, config.dtype)
+    model, new, classes, head = load_classifier(path, dataset, seed, config.head)
+    encode: Callable[[Examples], Encoded]
+    inputs = _inputs(path)
+    if dataset.kind == "text":
+        known = tokens.read(inputs, files.at(inputs), config.max_length, model)
+        known.refuse_unknown(tokens.texts_of(dataset.train if len(dataset.train) else dataset.test), config.max_unknown)
+        encode, saved = known.encode, known.tokenizer
+    else:
+        saved = _image_processor(inputs)
+        encode = partial(encode_images, saved, model.config)
+    source = os.path.abspath(path) if os.path.isdir(path) else path
+
+    def save_inputs(folder: Path) -> None:
+        saved.save_pretrained(str(folder))
+
+    task = "SEQ_CLS" if dataset.kind == "text" else None
+    return Base(model, encode, new, config.dropout, config.dtype, classes, head, source, task, save_inputs)
 
 
-def load_classifier(path: str, dataset: Dataset, seed: int) -> tuple[nn.Module, list[str]]:
-    """The checkpoint with a head for the dataset's classes, and the names of the parameters that it lacked.
+def load_classifier(path: str, dataset: Dataset, seed: int, head: Any = "auto") -> Classifier:
+    """The checkpoint with a head for the dataset's classes; `head` is `model.head`.
 
-    A head that it lacks, or has for another number of classes, is drawn from the stream (seed, head), so that every
-    process has the same one. Raises ConfigError, naming model.path, where there is no usable checkpoint.
+    A head that it lacks, or has for other classes, is drawn from the stream (seed, head), so that every process has the same
+    one. Raises ConfigError, naming model.path or model.head, where there is no usable checkpoint.
     """
     import transformers
 
+    heads.checked(head)
     auto = {
         "text": transformers.AutoModelForSequenceClassification,
         "image": transformers.AutoModelForImageClassification,
     }[dataset.kind]
-    with _reading(path), _quiet(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seeds.torch_seed(seed, "head"))
-        model, info = auto.from_pretrained(
-            path,
-            num_labels=len(dataset.classes),
-            id2label=dict(enumerate(dataset.classes)),
-            label2id={name: i for i, name in enumerate(dataset.classes)},
+    stream = seeds.torch_seed(seed, "head")
+    with reading(path), quiet():
+        config, state = source(path, auto)
+        placed = heads.place(path, [str(config.id2label[i]) for i in range(config.num_labels)], dataset.classes, head)
+        problem, config.problem_type = config.problem_type, "single_label_classification"
+        adapters.named(config, placed.classes)
+        model, missing, mismatched = read(path, config, state, auto, stream)
+        body = f"{model.base_model_prefix}."
+        if any(not name.startswith(body) for name in missing):  # a body alone: nothing of it has learned any class
+            heads.refuse_none(path, head)
+            placed = heads.Placed([*dataset.classes], False, heads.NONE)
+            adapters.named(model.config, placed.classes)
+        else:
+            heads.refuse(path, placed, problem, head)
+            if head == "new":
+                state = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(body)}
+                model, missing, mismatched = read(path, config, state, auto, stream)
+    return Classifier(model, sorted(missing | mismatched), placed.classes, placed.why)
+
+
+def source(path: str, auto: Any) -> tuple[Any, dict[str, Tensor] | None]:
+    """The configuration of the classifier at `path`, and its tensors where they are not in its own files: of an adapter."""
+    import transformers
+
+    if os.path.isdir(path):
+        files.sound(Path(path))
+    base = files.base_of(path)
+    if base is not None:
+        return adapters.merged(path, base, auto)
+    with reading(path):
+        config = transformers.AutoConfig.from_pretrained(path, **files.at(path))
+    if type(config) not in auto._model_mapping:
+        kind = auto.__name__.removeprefix("AutoModelFor")
+        raise ConfigError(
+            f"model.path={path} is of the type {config.model_type}, for which transformers has no {kind}; use another "
+            "checkpoint, or data of the other kind (dataset.text or dataset.image)"
+        )
+    return config, None
+
+
+def read(path: str, config: Any, state: dict[str, Tensor] | None, auto: Any, stream: int = 0) -> tuple[Any, set[str], set[str]]:
+    """The model of this configuration, its tensors from `state`, else from the files at `path`.
+
+    Also the names of the parameters that were not there, and of those that had another shape: both drawn from `stream`.
+    """
+    with reading(path), quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream)
+        how: dict[str, Any] = {"state_dict": state} if state is not None else files.at(path)
+        model, info = auto._model_mapping[type(config)].from_pretrained(
+            None if state is not None else path,
+            config=config,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             dtype=torch.float32,
+            **how,
         )
-    return model, sorted(set(info["missing_keys"]) | {name for name, *_ in info["mismatched_keys"]})
+    return model, set(info["missing_keys"]), {name for name, *_ in info["mismatched_keys"]}
 
 
-def _text_encoder(config: ModelConfig, model: nn.Module) -> Any:
+def _inputs(path: str) -> str:
+    """Where the tokenizer or image processor of a checkpoint is: an adapter may have it, else its base has."""
+    base = files.base_of(path)
+    if base is None or files.has(path, {"tokenizer_config.json", "preprocessor_config.json"}, files.at(path)):
+        return path
+    return _inputs(base)
+
+
+def _image_processor(path: str) -> Any:
     import transformers
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(config.path)
-    if tokenizer.pad_token_id is None:  # decoders such as GPT-2 have none; the mask hides what stands there
-        tokenizer.pad_token = tokenizer.eos_token
-    model_config: Any = model.config
-    model_config.pad_token_id = tokenizer.pad_token_id
-    longest = min(getattr(model_config, "max_position_embeddings", config.max_length), tokenizer.model_max_length)
-    return partial(encode_text, tokenizer, min(config.max_length, longest))
-
-
-def encode_text(tokenizer: Any, max_length: int, examples: Examples) -> Encoded:
-    """Token ids of every text, cut at `max_length`."""
-    ids = tokenizer(list(examples.inputs), truncation=True, max_length=max_length, padding=False)["input_ids"]
-    tokens = [np.asarray(row, dtype=np.int64) for row in ids]
-    return Texts(torch.from_numpy(examples.labels), tokens, int(tokenizer.pad_token_id))
-
-
-def _image_encoder(path: str, model: nn.Module) -> Any:
-    import transformers
-
-    # The PIL backend is asked for by name: the default one needs torchvision, which this project does not depend on.
-    processor = transformers.AutoImageProcessor.from_pretrained(path, backend="pil")
-    return partial(encode_images, processor, model.config)
+    with reading(path, PROCESSOR):
+        # The PIL backend is asked for by name: the default one needs torchvision, which this project does not depend on.
+        return transformers.AutoImageProcessor.from_pretrained(path, backend="pil", **files.at(path))
 
 
 def encode_images(processor: Any, model_config: Any, examples: Examples) -> Encoded:
@@ -97,36 +155,3 @@ def _to_channels(image: np.ndarray, channels: int) -> np.ndarray:
     if colour.shape[2] == channels:
         return colour
     return np.repeat(colour.mean(axis=2, keepdims=True), channels, axis=2)
-
-
-@contextlib.contextmanager
-def _reading(path: str) -> Iterator[None]:
-    """Turns what transformers says about a checkpoint it cannot read into one sentence."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        if os.path.isdir(path):
-            reason = str(error).strip().splitlines()[0]
-            raise ConfigError(
-                f"model.path={path} cannot be loaded ({reason}); it needs config.json, model.safetensors and, for text, "
-                "the tokenizer's files"
-            ) from error
-        raise ConfigError(
-            f"model.path={path} is neither a local folder nor a model that the hub gives "
-            f"({type(error).__name__}); check the spelling, or the network"
-        ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps transformers' load report and progress bars off the terminal: `Base.new` says what it would say."""
-    from transformers.utils import logging as transformers_logging
-
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        transformers_logging.enable_progress_bar()

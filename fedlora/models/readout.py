@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,18 @@ def last(batch: Batch, x: Tensor) -> Tensor:
     return x[torch.arange(len(x), device=x.device), places].unsqueeze(1)
 
 
+def last_but_padding(padding: int, batch: Batch, x: Tensor) -> Tensor:
+    """x (N, T, H) at each example's last token that is not `padding`, (N, 1, H): transformers' rule for GPT and Llama.
+
+    Where the padding token is the end token too, it is another position than `last` for a text that ends in that token.
+    """
+    if "input_ids" not in batch:
+        return last(batch, x)
+    ids = batch["input_ids"]
+    places = (torch.arange(ids.shape[1], device=ids.device) * (ids != padding)).argmax(1)
+    return x[torch.arange(len(x), device=x.device), places].unsqueeze(1)
+
+
 class Readout:
     """The layers of the last block that are given nothing but the position that is read; none where that would not do."""
 
@@ -52,13 +65,17 @@ class Readout:
         self.block = nn.Module()
         self.place: Place = first
         self.batch: Batch = {}  # the one that a pass is made for
+        self.padding: int | None = getattr(model.peft.config.get_text_config(), "pad_token_id", None)
         lengths = examples.lengths()
         order = np.argsort(lengths) if lengths is not None else np.arange(len(examples))
         if len(examples) and len(found := blocks(model)[0]):
             self.block, batch = found[-1], examples.batch(order[[0, len(order) // 2, -1]], model.device)
             model.freeze()
             with torch.no_grad():
-                self._find(batch)
+                try:
+                    self._find(self._hard(batch))
+                except Exception:  # a model that takes no such text; T5 and BART want an end token in each
+                    self.layers, self.asks_alone = [], False
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -87,6 +104,14 @@ class Readout:
             apart -= set(adapted)
         return [module for module in self.block.modules() if _linear(module) and module not in apart]
 
+    def _hard(self, batch: Batch) -> Batch:
+        """The batch, with a text beside it that ends in the padding token, by which the rules for the last position differ."""
+        if self.padding is None or "input_ids" not in batch:
+            return batch
+        batch = {name: torch.cat([tensor, tensor[-1:]]) for name, tensor in batch.items()}
+        batch["input_ids"][-1, -1] = self.padding  # of the longest, which has no padding of its own
+        return batch
+
     def _find(self, batch: Batch) -> None:
         given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         made: list[Tensor] = []
@@ -99,17 +124,20 @@ class Readout:
             return (made[-1], *output[1:]) if isinstance(output, tuple) else made[-1]
 
         hooks = [self.block.register_forward_pre_hook(keep, with_kwargs=True), self.block.register_forward_hook(watch)]
-        with torch.enable_grad():
-            logits = self.model.forward(batch).logits
-            weighed = (logits * torch.arange(1, 1 + logits.shape[1], device=logits.device)).sum()
-        for hook in hooks:
-            hook.remove()
+        try:
+            with torch.enable_grad():
+                logits = self.model.forward(batch).logits
+                weighed = (logits * torch.arange(1, 1 + logits.shape[1], device=logits.device)).sum()
+        finally:
+            for hook in hooks:
+                hook.remove()
         if len(made) > 1:  # the block is gone through more than once
             return
         (slopes,) = torch.autograd.grad(weighed, made)
         is_read = (slopes != 0).any(2, keepdim=True)  # (N, T, 1)
         positions = torch.arange(is_read.shape[1], device=is_read.device)[:, None].expand_as(is_read)
-        for self.place in (first, last):
+        rules = (first, last) if self.padding is None else (first, last, partial(last_but_padding, self.padding))
+        for self.place in rules:
             if torch.equal(is_read, positions == self.place(batch, positions)):
                 break
         else:

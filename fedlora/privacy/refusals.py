@@ -18,6 +18,8 @@ def unsupported(module: nn.Module) -> str:
             return "has a DoRA adapter, whose magnitude has no per-example gradient; use plain LoRA"
         if module.lora_embedding_A or not (isinstance(base, nn.Linear) or type(base).__name__ == "Conv1D"):
             return "is no linear layer, and adapters elsewhere have no exact gradients; change adapter.target_modules"
+    if isinstance(module, nn.LayerNorm) and trained(module) and module.bias is None:
+        return "is a LayerNorm without bias, for which Opacus has no per-example gradient; freeze it (adapter.train_head=false)"
     if trained(module) and type(module) not in GradSampleHooks.GRAD_SAMPLERS:
         known = ", ".join(sorted(kind.__name__ for kind in GradSampleHooks.GRAD_SAMPLERS if kind.__module__[:5] == "torch"))
         return f"is trained, and has exact per-example gradients only as {known}; freeze it (adapter.train_head=false)"

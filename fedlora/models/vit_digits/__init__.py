@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fedlora.models.encode import Encoded
 
 FOLDER = Path(__file__).parent
+PROCESSOR = "preprocessor_config.json"
 
 
 def load(config: ModelConfig, dataset: Dataset, seed: int) -> base.Base:
@@ -33,8 +34,15 @@ def load(config: ModelConfig, dataset: Dataset, seed: int) -> base.Base:
         shape = (0, 8, 8, 1)  # a server without examples of its own
     if shape is None or shape[1:] != (8, 8, 1) or len(dataset.classes) != 10:
         raise ConfigError("model=vit_digits reads 8 × 8 grey digits only; use dataset=digits, or model=hf for other data")
-    model, new = hf.load_classifier(str(FOLDER), dataset, seed)
-    return Base(model, encode, new, dtype=config.dtype)
+    model, new, classes, head = hf.load_classifier(str(FOLDER), dataset, seed, config.head)
+    return Base(model, encode, new, False, config.dtype, classes, head, str(FOLDER), save_inputs=save_inputs)
+
+
+def save_inputs(folder: Path) -> None:
+    """The file by which `model=hf` normalises pixels as `encode` does."""
+    import shutil
+
+    shutil.copyfile(FOLDER / PROCESSOR, folder / PROCESSOR)
 
 
 def encode(examples: Examples) -> Encoded:

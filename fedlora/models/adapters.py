@@ -1,0 +1,77 @@
+"""An adapter's folder as a base model: PEFT's adapter is merged into the base that it names, with the head that it saved."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fedlora.check import ConfigError
+from fedlora.models import files
+
+LABELS = "labels.json"  # beside an adapter: the class of each logit, which PEFT's own file has no place for
+
+
+def write_labels(folder: Path, classes: list[str]) -> None:
+    """The class of each logit, in order."""
+    (folder / LABELS).write_text(json.dumps(classes, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def merged(path: str, base: str, auto: Any) -> tuple[Any, dict[str, Tensor]]:
+    """The configuration and the tensors of the adapter at `path` merged into `base`; what would be drawn at random is left out.
+
+    `base` may be an adapter too. Raises ConfigError where the base is not there, or the adapter is of a kind without merging.
+    """
+    import peft
+
+    weights = peft.load_peft_weights(path, device="cpu", **files.at(path))
+    saved = {name.removeprefix("base_model.model."): tensor for name, tensor in weights.items()}
+    model, lacked = _base(path, base, auto, _labels(path))
+    classes = _outputs(model, saved)
+    if classes and classes != model.config.num_labels:
+        model, lacked = _base(path, base, auto, [f"LABEL_{i}" for i in range(classes)])
+    adapted = peft.PeftModel.from_pretrained(model, path, **files.at(path))
+    if not hasattr(adapted.base_model, "merge_and_unload"):
+        kind = adapted.peft_config["default"].peft_type.value
+        raise ConfigError(f"model.path={path} is an adapter of the kind {kind}, which cannot be merged; use model.path={base}")
+    whole: Any = adapted.merge_and_unload()
+    return whole.config, {name: tensor for name, tensor in whole.state_dict().items() if name not in lacked - set(saved)}
+
+
+def _base(path: str, base: str, auto: Any, classes: list[str]) -> tuple[Any, set[str]]:
+    """The base with a head for the adapter's classes (empty: its own), and the names of what it lacked."""
+    from fedlora.models.hf import read, source
+
+    try:
+        config, state = source(base, auto)
+        if classes:
+            named(config, classes)
+        model, missing, mismatched = read(base, config, state, auto)
+        return model, missing | mismatched
+    except ConfigError as error:
+        raise ConfigError(
+            f"model.path={path} is an adapter of {base}, which cannot be loaded; put it there, or name its place as "
+            f"base_model_name_or_path in {files.ADAPTER} ({error})"
+        ) from error
+
+
+def named(config: Any, classes: list[str]) -> None:
+    """Tells a model's configuration its classes, in the order of the logits."""
+    config.num_labels = len(classes)
+    config.id2label = dict(enumerate(classes))
+    config.label2id = {name: i for i, name in enumerate(classes)}
+
+
+def _labels(path: str) -> list[str]:
+    """What `write_labels` wrote, if it did."""
+    file = Path(path, LABELS)
+    return [str(name) for name in json.loads(file.read_text(encoding="utf-8"))] if file.is_file() else []
+
+
+def _outputs(model: Any, saved: dict[str, Tensor]) -> int:
+    """The classes of the head that the adapter saved: its narrowest layer's; 0 where it saved none."""
+    body = f"{model.base_model_prefix}."
+    head = [t for name, t in saved.items() if t.dim() == 2 and ".lora_" not in name and not name.startswith(body)]
+    return min((len(tensor) for tensor in head), default=0)
