@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import stat
 from pathlib import Path
@@ -64,7 +65,7 @@ def read(setting: str, name: str) -> tuple[Path, bytes]:
         content = path.read_bytes()
     except OSError as error:
         raise _unreadable(f"{setting}={name}", error) from error
-    if not content.strip():
+    if not content.removeprefix(codecs.BOM_UTF8).strip():
         raise ConfigError(f"{setting}={name} is empty; name a file that holds examples")
     return path, content
 

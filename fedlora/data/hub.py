@@ -16,6 +16,7 @@ from fedlora import check
 from fedlora.check import ConfigError
 from fedlora.data import Dataset, _table
 from fedlora.data._table import Table
+from fedlora.data._text import one_line
 
 if TYPE_CHECKING:
     from fedlora.config import DatasetConfig
@@ -47,7 +48,7 @@ def _fetched(config: DatasetConfig) -> dict[str, Any]:
     except Exception as error:  # network, hub, file formats: each of the libraries below has exceptions of its own
         subset = f" dataset.subset={config.subset}" if config.subset else ""
         raise ConfigError(
-            f"dataset.path={config.path}{subset} cannot be loaded ({' '.join(str(error).split()):.200}); correct the "
+            f"dataset.path={config.path}{subset} cannot be loaded ({one_line(error)}); correct the "
             "name or the connection, or name a local folder"
         ) from error
     return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
@@ -73,6 +74,12 @@ def _split(setting: str, name: str, splits: dict[str, Any], config: DatasetConfi
         if isinstance(feature, datasets.ClassLabel):
             if -1 in values:  # how the hub marks test sets whose labels are kept secret
                 raise ConfigError(f"{source} of dataset.path={config.path} has unlabelled rows; name a split with labels")
+            known = range(len(feature.names))
+            if row := next((row for row, value in enumerate(values, 1) if value is not None and value not in known), 0):
+                raise ConfigError(
+                    f"dataset.label={column_name} is {values[row - 1]} in row {row} of {source}, whose ClassLabel has "
+                    f"{len(known)} names; correct the labels or the names"
+                )
             return [None if value is None else feature.names[value] for value in values]
         return values
 
