@@ -284,7 +284,7 @@ def conclude(bench: Workbench, state: ServerState, recorder: Recorder, outcome: 
     """Save the merged adapter and the plot, write the summary last, and return it; raises RunError for a failed run."""
     bench.model.write(state.adapters, bench.model.initial_head | state.dense, state.base_correction)  # no client's own head
     rows = report.read_rounds(recorder.folder)
-    summary = report.summarise(bench.config, rows) | {"classes": labels.counts(bench.dataset)} | outcome
+    summary = report.summarise(bench.config, rows) | {"classes": list(labels.counts(bench.dataset).items())} | outcome
     try:
         recorder.save(ADAPTER, bench.model.save)
         if bench.config.save_merged:

@@ -275,13 +275,11 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_the_data(tmp_pat
         ("a.csv", "text,label\na,1,x\nb,0,x\n", {}, ["3 fields in line 2", "2 columns"]),
         ("a.csv", "text,label\na,1\n\nb\n", {}, ["1 fields in line 4"]),
         ("a.csv", 'text,label\na,1\n"b,0\n', {}, ["malformed in line 3", "mend that line"]),
-        ("a.csv", f"text,label\n{'a' * 200_000},1\n", {}, ["malformed in line 2", "limit", "JSON Lines or Parquet"]),
         ("a.tsv", "text\tlabel\na\tb\t1\n", {}, ["3 fields in line 2"]),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": \n', {}, ["is not JSON in line 2", "mend that line"]),
-        ("a.json", '[\n{"text": "a"}]', {}, ["is not JSON in line 1"]),
+        ("a.json", '[\n{"text": "a"}', {}, ["is not JSON in line 2"]),
         ("a.jsonl", "[" * 20_000, {}, ["is not JSON in line 1", "recursion"]),
-        ("a.jsonl", '{"text": ' + "9" * 5000 + "}", {}, ["is not JSON in line 1", "digits"]),
-        ("a.json", '[{"text": "a", "label": 1}]', {}, ["holds no object in line 1", "without a list"]),
+        ("a.json", '[{"text": "a", "label": 1}, 7]', {}, ["holds no object in line 1 but '7'", "as an object"]),
         ("a.parquet", GOOD, {}, ["is not a Parquet file"]),
         ("a.csv", GOOD, {"text": "txet"}, ["dataset.text=txet", "which has label, text; did you mean text?"]),
         ("a.csv", GOOD, {"text": "body"}, ["dataset.text=body is not a column", "choose one of: label, text"]),
@@ -486,9 +484,9 @@ def test_hub_class_names_come_from_the_feature(hub: Any, tmp_path: Path) -> None
     train: dict[str, Any] = {"text": ["a", "b", "c"], "label": [0, 1, 0]}
     path = saved(hub, tmp_path, features, train=train, dev={"text": ["d"], "label": [1]})
     loaded = data.load(hub_config(path, test="dev"), 0)
-    assert loaded.classes == ["neg", "pos", "unused"]
-    assert loaded.train.inputs == ["a", "b", "c"] and loaded.train.labels.tolist() == [1, 0, 1]
-    assert loaded.test.inputs == ["d"] and loaded.test.labels.tolist() == [0]
+    assert loaded.classes == ["pos", "neg", "unused"]  # its order, which a checkpoint's outputs have too
+    assert loaded.train.inputs == ["a", "b", "c"] and loaded.train.labels.tolist() == [0, 1, 0]
+    assert loaded.test.inputs == ["d"] and loaded.test.labels.tolist() == [1]
 
 
 def test_hub_and_files_give_the_same_dataset(hub: Any, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ and an error: an example is never dropped in silence.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 
 Columns = tuple[list[str], Callable[[str], list[Any]]]  # names, and the values of the column of a name
+
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair, which JSON can write and UTF-8 cannot
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class Table:
                     f"dataset.{setting}={name} is {labels.cut(repr(value))} in row {row} of {self.source}, neither text nor an "
                     "integer; convert the column to one of them or name another"
                 )
-            if isinstance(value, str) and not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+            if isinstance(value, str) and SURROGATE.search(value):
                 raise ConfigError(
                     f"dataset.{setting}={name} has half a character (a lone surrogate) in row {row} of {self.source}, in "
                     f"{labels.quoted(value)}; write the character in full or remove it"
@@ -134,6 +137,8 @@ def _classes(config: DatasetConfig, train: Table | None, given: list[str]) -> li
     if len(set(config.classes)) < len(config.classes):
         twice = next(name for name in config.classes if config.classes.count(name) > 1)
         raise ConfigError(f"dataset.classes names {labels.quoted(twice)} twice; name each class once")
+    if len(config.classes) == 1:
+        raise ConfigError(f"dataset.classes names only {labels.quoted(config.classes[0])}; a classifier needs two or more")
     named = config.classes or (train.classes if train else None)
     if named:
         return list(named)

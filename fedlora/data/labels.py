@@ -44,13 +44,17 @@ def notes(dataset: Dataset) -> list[str]:
     return [f"classes whose names look alike are trained as different ones: {_cut(groups, '; ')}; if not, mend the labels"]
 
 
+def shown(dataset: Dataset) -> str:
+    """The classes on one line, the first ten of many, each with its training examples where there are any here."""
+    return _cut([f"{plain(name)} × {count}" if len(dataset.train) else plain(name) for name, count in counts(dataset).items()])
+
+
 def derived(dataset: Dataset) -> list[tuple[str, str, str]]:
     """The classes for the plan, as (name, value, reason), and a warning where some look alike."""
-    here = counts(dataset)
-    shown = [f"{plain(name)} {count}" if len(dataset.train) else plain(name) for name, count in here.items()]
     each = ", with the training examples of each" if len(dataset.train) else ""
-    rows = [("classes", _cut(shown), f"{len(here)} in the order of the model's outputs{each}")]
-    same = [", ".join(map(quoted, group)) for group in alike(here)]
+    reason = f"{len(dataset.classes)} in the order of the model's outputs{each}"
+    rows = [("classes", shown(dataset), reason)]
+    same = [", ".join(map(quoted, group)) for group in alike(dataset.classes)]
     if same:
         reason = "names that differ only in case, spaces or how a number is written; if they mean the same, mend the labels"
         rows.append(("warning", f"classes {_cut(same, '; ')}", reason))
@@ -87,14 +91,14 @@ def plain(word: str) -> str:
     return word if bare else quoted(word)
 
 
-def listed(words: Sequence[str], shown: int = 20) -> str:
-    """Words of the data for a sentence, sorted; the rest are counted after `shown` of them."""
-    return _cut([plain(word) for word in sorted(words)], shown=shown)
+def listed(words: Sequence[str], most: int = 20) -> str:
+    """Words of the data for a sentence, sorted; what follows the first `most` is counted."""
+    return _cut([plain(word) for word in sorted(words)], most=most)
 
 
-def _cut(words: Sequence[str], separator: str = ", ", shown: int = SHOWN) -> str:
-    more = f" … and {len(words) - shown:,} more" if len(words) > shown else ""
-    return separator.join(words[:shown]) + more
+def _cut(words: Sequence[str], separator: str = ", ", most: int = SHOWN) -> str:
+    more = f" … and {len(words) - most:,} more" if len(words) > most else ""
+    return separator.join(words[:most]) + more
 
 
 def _key(name: str) -> Any:
