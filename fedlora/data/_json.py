@@ -41,9 +41,9 @@ def read(source: str, content: bytes, config: DatasetConfig) -> Columns:
             raise ConfigError(f"{source} has the name {quoted(error.args[0])} twice in row {number}; remove one") from error
         except RecursionError as error:
             raise ConfigError(f"{source} nests objects too deeply in row {number}; write that one flat") from error
-    if not records:
-        raise ConfigError(f"{source} holds no examples; name data that has some")
     names = list(dict.fromkeys(name for record in records for name in record))
+    if not names:
+        raise ConfigError(f"{source} holds no examples; name data that has some")
     wanted = [name for name in (config.text, config.image, config.label) if name]
     if len(records) == 1 and not set(wanted).intersection(names):
         raise ConfigError(

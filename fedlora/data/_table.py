@@ -7,6 +7,7 @@ and an error: an example is never dropped in silence.
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -38,7 +39,7 @@ class Table:
     """How errors call it: the setting that named it and its value, such as dataset.path=train.csv."""
     names: Sequence[str]
     column: Callable[[str], Sequence[Any]]
-    """The values of a column, None where there is none. An image is a path or an open file of its bytes."""
+    """The values of a column, None where there is none. An image is a path, its bytes, or a file of them in memory."""
     folder: Path = Path()
     """What the paths of images start from."""
     classes: Sequence[str] | None = None
@@ -72,7 +73,7 @@ class Table:
         inside = [other for other in self.names if other.startswith(f"{name}.")]
         if inside:
             return f"which has columns inside it; name one of: {labels.listed(inside)}"
-        near = check.suggest(name, self.names)
+        near = check.suggest(name, map(labels.plain, self.names))
         if near.startswith("choose"):
             return f"which has no column like it; choose one of: {labels.listed(self.names)}"
         return f"which has {labels.listed(self.names)}; {near}"
@@ -103,7 +104,7 @@ class Table:
                 what = labels.quoted(value, 100) if isinstance(value, str) else "the image"
                 raise ConfigError(
                     f"dataset.image={name}: {what} in row {row} of {self.source} cannot be read as an image "
-                    f"({one_line(error)}); replace it or remove that row"
+                    f"({getattr(error, 'strerror', None) or one_line(error)}); replace it or remove that row"
                 ) from error
         return np.stack(images) if len({image.shape for image in images}) == 1 else images
 
@@ -173,9 +174,13 @@ def _encoded(given: list[str], classes: list[str]) -> np.ndarray:
 
 
 def _pixels(file: Any) -> np.ndarray:
-    """The pixels of an image file (H, W, C), upright, float32 in [0, 1]; C is 1 for grey levels and else 3, RGB."""
+    """The pixels of an image (H, W, C), upright, float32 in [0, 1]; C is 1 for grey levels and else 3, RGB."""
     from PIL import Image, ImageOps
 
+    if isinstance(file, bytes):
+        file = io.BytesIO(file)
+    if not isinstance(file, Path | io.BytesIO):
+        raise ValueError(f"{type(file).__name__}, neither a path nor the bytes of an image")
     if isinstance(file, Path) and file.exists() and not file.is_file():  # to open a pipe may wait for ever
         raise ValueError("a folder, a pipe or a device, not a file")
     with Image.open(file) as opened:

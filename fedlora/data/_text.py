@@ -7,6 +7,8 @@ import codecs
 from fedlora.check import ConfigError
 
 OTHERS = {  # first bytes → what the file is, and the cure
+    codecs.BOM_UTF32_LE: ("UTF-32 text", "save it as UTF-8"),  # begins with the next one, so it comes first
+    codecs.BOM_UTF32_BE: ("UTF-32 text", "save it as UTF-8"),
     codecs.BOM_UTF16_LE: ("UTF-16 text", "save it as UTF-8"),
     codecs.BOM_UTF16_BE: ("UTF-16 text", "save it as UTF-8"),
     b"PAR1": ("Parquet", "give its name the ending .parquet"),

@@ -34,7 +34,7 @@ def load(config: DatasetConfig, seed: int) -> Dataset:
 
 def _read(setting: str, name: str, config: DatasetConfig) -> Table:
     path, content = _file.read(setting, name)
-    source = f"{setting}={name}"
+    source = _file.said(setting, name)
     ending = path.suffix.lower()
     if config.columns and ending not in (".csv", ".tsv"):
         raise ConfigError(f"dataset.columns={config.columns} is for CSV and TSV, {source} names its own; remove it")
