@@ -38,7 +38,7 @@ def alike(classes: Iterable[str]) -> list[list[str]]:
 
 def notes(dataset: Dataset) -> list[str]:
     """A sentence about classes whose names look alike, or none."""
-    groups = [" and ".join(map(quoted, group)) for group in alike(dataset.classes)]
+    groups = [" and ".join(_told_apart(group)) for group in alike(dataset.classes)]
     if not groups:
         return []
     return [f"classes whose names look alike are trained as different ones: {_cut(groups, '; ')}; if not, mend the labels"]
@@ -54,7 +54,7 @@ def derived(dataset: Dataset) -> list[tuple[str, str, str]]:
     each = ", with the training examples of each" if len(dataset.train) else ""
     reason = f"{len(dataset.classes)} in the order of the model's outputs{each}"
     rows = [("classes", shown(dataset), reason)]
-    same = [", ".join(map(quoted, group)) for group in alike(dataset.classes)]
+    same = [", ".join(_told_apart(group)) for group in alike(dataset.classes)]
     if same:
         reason = "names that differ only in case, spaces or how a number is written; if they mean the same, mend the labels"
         rows.append(("warning", f"classes {_cut(same, '; ')}", reason))
@@ -94,6 +94,12 @@ def plain(word: str) -> str:
 def listed(words: Sequence[str], most: int = 20) -> str:
     """Words of the data for a sentence, sorted; what follows the first `most` is counted."""
     return _cut([plain(word) for word in sorted(words)], most=most)
+
+
+def _told_apart(group: list[str]) -> list[str]:
+    """Names that look alike, in quotes; with codes beyond ASCII where they would print as the same."""
+    same = len({unicodedata.normalize("NFC", name) for name in group}) < len(group)
+    return [ascii(cut(name)) if same else quoted(name) for name in group]
 
 
 def _cut(words: Sequence[str], separator: str = ", ", most: int = SHOWN) -> str:
