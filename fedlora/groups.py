@@ -28,14 +28,16 @@ class ModelConfig:
 class DatasetConfig:
     """Where the examples come from: `dataset=digits`, `dataset=files` or `dataset=hub`."""
 
-    name: str = setting("digits", "digits (embedded), files (CSV, TSV, JSONL, Parquet) or hub")
+    name: str = setting("digits", "digits (embedded), files (CSV, TSV, JSON, Parquet) or hub")
     path: str | None = setting(None, "files: the training file; hub: the name of the dataset")
     subset: str | None = setting(None, "hub: the configuration of the dataset, where it has several")
     train_split: str = setting("train", "hub: split to train on")
     test: str | None = setting(None, "files: the test file; hub: the test split; none: test_fraction of the training data")
     test_fraction: float = setting(0.2, "share of the examples kept for the central test if there is no test set; 0: none")
     columns: list[str] = setting([], "files: column names, for a CSV or TSV without a header line")
-    classes: list[str] = setting([], "files: names of the labels; empty: those that occur in the training data")
+    classes: list[str] = setting(
+        [], "files, hub: names of the labels in the order of the outputs; empty: those in the training data"
+    )
     text: str | None = setting(None, "column of the text")
     image: str | None = setting(None, "column of the image: a path (files) or an image feature (hub)")
     label: str = setting("label", "column of the label")

@@ -619,6 +619,12 @@ def test_named_classes_let_a_file_lack_some_and_a_server_have_no_training_data(t
         data.load(DatasetConfig(**vars(file) | {"path": str(tmp_path / "a.jsonl"), "classes": ["yes", "maybe"]}), 0)
 
 
+def test_a_device_numbers_classes_as_the_experiment_does(own, asked) -> None:
+    """Their order is that of the model's outputs; the owner and the server may each have named them in another."""
+    own = replace(own, data=replace(own.data, classes=DIGITS[::-1]))
+    assert localised(own, asked()).dataset.classes == DIGITS
+
+
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [

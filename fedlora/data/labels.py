@@ -69,9 +69,9 @@ def require_classes(setting: str, source: str, labels: Sequence[str]) -> None:
     distinct = len(set(labels))
     if len(labels) > FEW and 2 * distinct > len(labels):
         raise ConfigError(
-            f"{setting} has {distinct} different values in the {len(labels)} rows of {source}, which are no classes; fedlora "
-            "trains classifiers, language models are not possible yet: name a column with few different values, or if these "
-            "are classes, name them all by dataset.classes"
+            f"{setting} has {distinct} different values in the {len(labels)} rows of {source}: texts or numbers, not classes; "
+            "fedlora trains classifiers, and language models are not possible yet; name a column with few different values, "
+            "or if these are classes, name them all by dataset.classes"
         )
 
 
