@@ -16,6 +16,7 @@ from fedlora import engines, messages, plan, ranks, report, terminal, workbench
 from fedlora.check import RunError
 from fedlora.checkpoint import RELEASED, Checkpoint, Checkpoints, Released
 from fedlora.config import Config
+from fedlora.data import labels
 from fedlora.engines.local import LocalGrid
 from fedlora.evaluate import evaluate
 from fedlora.folder import ADAPTER, CHECKPOINTS, CURVES, MERGED, PRIVACY, ROUNDS, SUMS
@@ -87,7 +88,8 @@ def play(
             outcome = attempt(engine, course.drive)
     finally:
         engine.close()
-    return conclude(bench, course.state, recorder, outcome | {"resumed": checkpoints.resumed, "notes": list(notes.values())})
+    said = [*labels.notes(bench.dataset), *notes.values()]
+    return conclude(bench, course.state, recorder, outcome | {"resumed": checkpoints.resumed, "notes": said})
 
 
 def foretell(config: Config, strategy: LoRAStrategy | None = None, show: bool = True) -> tuple[plan.Estimate, str]:
@@ -282,7 +284,7 @@ def conclude(bench: Workbench, state: ServerState, recorder: Recorder, outcome: 
     """Save the merged adapter and the plot, write the summary last, and return it; raises RunError for a failed run."""
     bench.model.write(state.adapters, bench.model.initial_head | state.dense, state.base_correction)  # no client's own head
     rows = report.read_rounds(recorder.folder)
-    summary = report.summarise(bench.config, rows) | outcome
+    summary = report.summarise(bench.config, rows) | {"classes": list(labels.counts(bench.dataset).items())} | outcome
     try:
         recorder.save(ADAPTER, bench.model.save)
         if bench.config.save_merged:

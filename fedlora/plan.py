@@ -19,6 +19,7 @@ from flwr.app import RecordDict
 from clients import cost
 from clients.task import local_steps, sampling_rate
 from fedlora import engines, messages
+from fedlora.data import labels
 from fedlora.evaluate import evaluate
 from fedlora.messages import ServerState
 from fedlora.participation import schedule
@@ -75,6 +76,7 @@ def derive(bench: Workbench, strategy: LoRAStrategy, state: ServerState, guard: 
         ("trained by a client", f"{parameters:,} parameters", f"factor {' and '.join(strategy.trains)} of each layer"
             + (" and the head" if model.trains_head else "")),
         *ranked(strategy),
+        *labels.derived(bench.dataset),
         ("cohort", f"{config.cohort_size} of {config.clients} clients", "clients_per_round" if config.clients_per_round
             else f"fraction {config.fraction:g}" if config.fraction is not None else "all"),
         ("examples a client", f"{counts.min()} / {np.median(counts):g} / {counts.max()}",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -216,7 +217,7 @@ def sweep_table(rows: list[dict[str, Any]]) -> None:
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A table with left-aligned cells."""
-    printed = Table(*columns, title=title, title_justify="left", box=None, pad_edge=False)
+    printed = Table(*columns, title=escape(title), title_justify="left", box=None, pad_edge=False)
     for row in rows:
-        printed.add_row(*row)
+        printed.add_row(*map(escape, row))
     console.print(printed)

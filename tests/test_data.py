@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from hypothesis import strategies as st
 from fedlora import data
 from fedlora.check import ConfigError
 from fedlora.config import Config, DatasetConfig
-from fedlora.data import Dataset, Examples
+from fedlora.data import Dataset, Examples, labels
 from fedlora.data.partition import split_off_test
 
 GOOD = "text,label\nfine,pos\npoor,neg\ngreat,pos\nbad,neg\n"
@@ -134,6 +137,93 @@ def test_every_dataset_can_train_and_test(
     monkeypatch.setitem(sys.modules, "fedlora.data.stub", types.SimpleNamespace(load=lambda config, seed: made))
     monkeypatch.setattr(data, "names", lambda: ["stub"])
     assert message in error_of(DatasetConfig(name="stub"))
+
+
+# ---------------------------------------------------------------- classes
+
+
+def labelled(*words: str) -> Dataset:
+    """A dataset of text with these labels, in the order in which they come."""
+    classes = list(dict.fromkeys(words))
+    examples = Examples(list(words), np.array([classes.index(word) for word in words], np.int64))
+    return Dataset("text", classes, examples, examples)
+
+
+def test_named_classes_keep_the_order_that_they_have(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", GOOD)
+    for classes in (["pos", "neg"], ["neg", "pos"], ["mixed", "pos", "neg"]):
+        loaded = data.load(files(path, classes=classes, test=str(path)), 0)
+        assert loaded.classes == classes
+        assert [classes[label] for label in loaded.train.labels] == ["pos", "neg", "pos", "neg"]
+    assert data.load(files(path), 0).classes == ["neg", "pos"]  # not named: sorted
+
+
+@pytest.mark.parametrize(
+    ("classes", "said"), [(["pos", "neg", "pos"], "names 'pos' twice"), (["pos"], "names only 'pos'; a classifier needs two")]
+)
+def test_classes_are_named_once_and_are_two_at_least(tmp_path: Path, classes: list[str], said: str) -> None:
+    assert f"dataset.classes {said}" in error_of(files(write(tmp_path, "a.csv", GOOD), classes=classes))
+
+
+def test_the_label_is_no_text_to_learn_it_from(tmp_path: Path) -> None:
+    assert "dataset.text=text is the column of the label too" in error_of(files(write(tmp_path, "a.csv", GOOD), label="text"))
+
+
+def test_a_label_of_thousands_of_letters_does_not_flood_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", "text,label\n" + f"a,{'x' * 9000}\n" * 3)
+    assert len(error_of(files(path))) < 200 and len(error_of(files(path, classes=["a", "b"]))) < 300
+
+
+def test_classes_are_counted_in_the_order_of_the_outputs() -> None:
+    dataset = labelled("b", "a", "b", "c, d")
+    assert list(labels.counts(dataset).items()) == [("b", 2), ("a", 1), ("c, d", 1)]
+    (row,) = labels.derived(dataset)
+    assert row[:2] == ("classes", "b × 2, a × 1, 'c, d' × 1") and row[2].startswith("3 in the order of the model's outputs")
+    server = Dataset("text", dataset.classes, dataset.train.take(np.zeros(0, np.int64)), dataset.test)
+    assert labels.counts(server) == {"b": 0, "a": 0, "c, d": 0} and labels.derived(server)[0][1] == "b, a, 'c, d'"
+
+
+def test_many_classes_do_not_flood_the_terminal() -> None:
+    (row,) = labels.derived(labelled(*(f"class {i} {'x' * 99}" for i in range(1000))))
+    assert row[1].endswith("… and 990 more") and len(row[1]) < 600
+    pairs = labelled(*(f"{word}{i}" for i in range(50) for word in "aA"))
+    assert labels.derived(pairs)[1][1].endswith("… and 40 more") and len(labels.notes(pairs)[0]) < 500
+
+
+@pytest.mark.parametrize(
+    ("names", "groups"),
+    [
+        (["pos", "neg", "pos ", "Pos"], [["pos", "pos ", "Pos"]]),
+        (["1", "1.0", "01", "+1", "2", "1e0"], [["1", "1.0", "01", "+1", "1e0"]]),
+        (["n\u00e9", "ne\u0301"], [["n\u00e9", "ne\u0301"]]),
+        (["a  b", "a b", "a\u200bb", "ab"], [["a  b", "a b"], ["a\u200bb", "ab"]]),
+        (["-1", "1", "a", "b", "C", "C++", "nan", "inf", "A-", "1" * 40, "1" * 39 + "2", "9" * 5000, "1e999999999"], []),
+    ],
+)
+def test_names_that_look_alike_are_pointed_out(names: list[str], groups: list[list[str]]) -> None:
+    assert labels.alike(names) == groups
+    dataset = labelled(*names)
+    assert [row[0] for row in labels.derived(dataset)] == ["classes"] + ["warning"] * bool(groups)
+    assert len(labels.notes(dataset)) == bool(groups)
+    for name in (name for group in groups for name in group):
+        assert repr(name) in labels.notes(dataset)[0] or ascii(name) in labels.notes(dataset)[0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "distinct", "refused"), [(51, 26, True), (51, 25, False), (50, 50, False), (100, 50, False), (1000, 999, True)]
+)
+def test_labels_that_are_no_classes(tmp_path: Path, rows: int, distinct: int, refused: bool) -> None:
+    """More than 50 rows, and more than half of them with a value of their own: answers, or measurements."""
+    answers = [f"answer {i % distinct}" for i in range(rows)]
+    lines = [json.dumps({"instruction": f"question {i}", "output": answer}) for i, answer in enumerate(answers)]
+    path = write(tmp_path, "a.jsonl", "\n".join(lines))
+    config = files(path, text="instruction", label="output", test=str(path))
+    if refused:
+        message = error_of(config)
+        assert f"dataset.label=output has {distinct} different values in the {rows} rows of dataset.path={path}" in message
+        assert "language models are not possible yet" in message and "dataset.classes" in message
+        config = replace(config, classes=sorted(set(answers)))  # as it says: if they are classes, name them
+    assert len(data.load(config, 0).classes) == distinct
 
 
 # ---------------------------------------------------------------- the test split
@@ -255,12 +345,135 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_the_data(tmp_pat
         assert loaded.train.inputs == ["fine", "poor", "great", "bad"] and loaded.classes == ["neg", "pos"]
 
 
+ROWS = [{"text": f"t{i}", "label": "ab"[i % 2]} for i in range(6)]
+NESTED = [{"review": {"text": row["text"]}, "meta": {"by": {"label": row["label"]}}} for row in ROWS]
+
+
+@pytest.mark.parametrize(
+    ("content", "settings"),
+    [
+        ("\n".join(map(json.dumps, ROWS)), {}),
+        ("\r\n\r\n".join(map(json.dumps, ROWS)), {}),
+        ("\ufeff" + json.dumps(ROWS), {}),
+        (json.dumps(ROWS, indent=2), {}),
+        ("\n".join(json.dumps(row, indent=2) for row in ROWS), {}),  # objects over several lines, in no list
+        (json.dumps([ROWS[:2], [], [ROWS[2:]]], indent=1), {}),  # lists in a list
+        (json.dumps(NESTED, indent=1), {"text": "review.text", "label": "meta.by.label"}),
+        ("\n".join(map(json.dumps, NESTED)), {"text": "review.text", "label": "meta.by.label"}),
+    ],
+)
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+def test_json_however_it_is_laid_out(tmp_path: Path, content: str, settings: dict[str, Any], ending: str) -> None:
+    path = write(tmp_path, f"a.{ending}", content)
+    loaded = data.load(files(path, test=str(path), **settings), 0)
+    assert loaded.train.inputs == [row["text"] for row in ROWS]
+    assert [loaded.classes[label] for label in loaded.train.labels] == [row["label"] for row in ROWS]
+
+
+def test_parquet_structs_have_columns_with_a_dot_as_json_has(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(NESTED), tmp_path / "a.parquet")
+    loaded = data.load(files(tmp_path / "a.parquet", text="review.text", label="meta.by.label", test_fraction=0.0), 0)
+    assert loaded.train.inputs == [row["text"] for row in ROWS] and loaded.classes == ["a", "b"]
+
+
+def test_a_doubled_column_of_a_parquet_file_matters_only_where_it_is_asked_for(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    columns = [pyarrow.array(["a", "b"] * 2) for _ in range(4)]
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table(columns, names=["text", "label", "more", "more"]), path)
+    assert data.load(files(path, test=str(path)), 0).train.inputs == ["a", "b"] * 2
+    assert f"dataset.text=more names several columns of dataset.path={path}; rename" in error_of(files(path, text="more"))
+
+
+def test_fields_of_any_length_and_the_limit_of_other_readers_stays(tmp_path: Path) -> None:
+    before = csv.field_size_limit()
+    rows = [("x" * 200_000, "a"), ("y", "b")] * 2
+    paths = [
+        write(tmp_path, "a.csv", "text,label\n" + "".join(f'"{text}",{label}\n' for text, label in rows)),
+        write(tmp_path, "a.tsv", "text\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in rows)),
+    ]
+    for path in paths:
+        assert data.load(files(path, test=str(path)), 0).train.inputs == [text for text, _ in rows]
+        assert csv.field_size_limit() == before
+
+
+def test_integers_of_thousands_of_digits_are_their_digits(tmp_path: Path) -> None:
+    long = {"a": "1" * 5000, "b": "2" * 5000}
+    paths = [
+        write(tmp_path, "a.jsonl", "".join(f'{{"text": "{t}", "label": {y}, "id": {y}}}\n' for t, y in long.items())),
+        write(tmp_path, "a.csv", "text,label\n" + "".join(f"{t},{y}\n" for t, y in long.items())),
+    ]
+    for path in paths:
+        loaded = data.load(files(path, test=str(path)), 0)
+        assert loaded.classes == list(long.values()) and loaded.train.labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["reviews (1).csv", "a [b]=c, 'd' \"e\".csv", "größe 漢.csv", os.fsdecode(b"latin\xe9.csv")])
+def test_names_of_files_columns_and_labels_are_any_text(tmp_path: Path, name: str) -> None:
+    text, label = "the text [x=y]", 'läbel "q" ()'
+    with (tmp_path / name).open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([(text, label), ("a", "x [b]"), ("b", "ü='1'"), ("c", "x [b]"), ("d", "ü='1'")])
+    loaded = data.load(files(tmp_path / name, text=text, label=label), 0)
+    assert loaded.classes == ["x [b]", "ü='1'"] and len(loaded.train) == len(loaded.test) == 2
+    assert "ü" in error_of(files(tmp_path / name, text=text, label="läbel")) or "läbel" in error_of(files(tmp_path / name))
+    error_of(files(tmp_path / name)).encode()  # may be printed: no half characters
+
+
 # ---------------------------------------------------------------- files: what is refused
 
 
 @pytest.mark.parametrize(
     ("name", "content", "settings", "parts"),
     [
+        ("a.csv", 'text,label\na,1\n"b,0\n' + "c,1\n" * 9, {}, ["malformed in line 3", "is never closed"]),
+        ("a.csv", 'text,label\n"b,0\nc,1\n"d",0\n', {}, ["malformed in line 2", "by one in line 4 that does not end"]),
+        ("a.csv", 'text,label\n"x\nx",1\n"y\n""y","b\nc,0\n', {}, ["malformed in line 5", "is never closed"]),
+        ("a.csv", '"text,label\na,1\n', {}, ["malformed in line 1", "is never closed"]),
+        ("a.csv", 'text,label\n"b\nb","x",0\nc,0\n', {}, ["3 fields in lines 2 to 3", "a quoted field", "mend that line"]),
+        ("a.csv", GOOD.replace(",", ";"), {}, ["has its fields between semicolons", "says commas"]),
+        ("a.tsv", GOOD, {}, ["has its fields between commas", "says tabs"]),
+        ("a.csv", GOOD.replace(",", ", "), {}, ["dataset.label=label is not", "' label', text; did you mean ' label'?"]),
+        ("a.csv", b"\xef\xbb\xbf\n", {}, ["is empty"]),
+        ("a.csv", b"\xef\xbb\xbf" * 2 + GOOD.encode(), {}, ["choose one of: label, '\\ufefftext'"]),
+        ("a.csv", GOOD.encode("utf-16"), {}, ["is UTF-16 text", "save it as UTF-8"]),
+        ("a.jsonl", GOOD.encode("utf-32"), {}, ["is UTF-32 text", "save it as UTF-8"]),
+        ("a.csv", GOOD.encode("utf-16-le"), {}, ["has a NUL byte in line 1"]),
+        ("a.csv", GOOD.replace("poor", "po\0or"), {}, ["has a NUL byte in line 3"]),
+        ("a.csv", b"PAR1 and so on", {}, ["is Parquet", "the ending .parquet"]),
+        ("a.csv", b"\x1f\x8b\x08", {}, ["is gzip", "unpack it"]),
+        ("a.csv", "version https://git-lfs.github.com/spec/v1\n", {}, ["is a pointer of Git LFS", "git lfs pull"]),
+        (
+            "a.csv",
+            ",".join(f"c{i}" for i in range(999)) + ",label\n" + "x," * 999 + "x\n",
+            {},
+            ["choose one of: c0, c1,", "… and 980 more"],
+        ),
+        ("a.jsonl", '{"text": "a\\ud800b", "label": 1}', {}, ["dataset.text=text has half a", "row 1", "'a\\ud800b'"]),
+        ("a.jsonl", '{"text": "a", "label": "\\udc00"}', {}, ["dataset.label=label has half a character"]),
+        ("a.jsonl", '{"text\\ud800": "a", "label": 1}\n' * 2, {}, ["choose one of: label, 'text\\ud800'"]),
+        ("a.jsonl", '{"text": "a", "label": 1, "text": "b"}', {}, ["has the name 'text' twice in row 1; remove one"]),
+        ("a.json", '[{"a": {"b": 1, "b": 2}}]', {}, ["has the name 'a.b' twice in row 1"]),
+        ("a.json", '[{"a.b": 1, "a": {"b": 2}}]', {}, ["has the name 'a.b' twice in row 1"]),
+        ("a.json", json.dumps({"data": ROWS}), {}, ["holds one object (data) without text or label", "in a list"]),
+        ("a.json", json.dumps({"text": {"0": "a"}, "label": {"0": "x"}}), {}, ["holds one object (label.0, text.0)"]),
+        ("a.jsonl", json.dumps(NESTED[0]) * 2, {"text": "review", "label": "meta.by.label"}, ["name one of: review.text"]),
+        ("a.json", "[]", {}, ["holds no examples"]),
+        ("a.json", "[{}, {}]", {}, ["holds no examples"]),
+        (
+            "a.json",
+            '{"text": "a", "label": 1},\n{"text": "b", "label": 2}',
+            {},
+            ["not JSON in line 1", "a comma between objects"],
+        ),
+        ("a.json", '[\n{"text": "a"\n"label": 1}]', {}, ["not JSON in lines 2 to 3", "Expecting ',' delimiter"]),
+        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b"\n', {}, ["is not JSON in line 2"]),
+        ("a.json", "[" * 900 + "7" + "]" * 900, {}, ["holds no object in line 1 but '7'"]),
+        ("a.json", '{"a":' * 900 + "7" + "}" * 900, {}, ["holds one object ('a.a.a"]),
         ("a.csv", "", {}, ["dataset.path=", "is empty"]),
         ("a.parquet", b"", {}, ["is empty"]),
         ("a.csv", " \n\n", {}, ["is empty"]),
@@ -273,13 +486,11 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_the_data(tmp_pat
         ("a.csv", "text,label\na,1,x\nb,0,x\n", {}, ["3 fields in line 2", "2 columns"]),
         ("a.csv", "text,label\na,1\n\nb\n", {}, ["1 fields in line 4"]),
         ("a.csv", 'text,label\na,1\n"b,0\n', {}, ["malformed in line 3", "mend that line"]),
-        ("a.csv", f"text,label\n{'a' * 200_000},1\n", {}, ["malformed in line 2", "limit", "JSON Lines or Parquet"]),
         ("a.tsv", "text\tlabel\na\tb\t1\n", {}, ["3 fields in line 2"]),
         ("a.jsonl", '{"text": "a", "label": 1}\n{"text": \n', {}, ["is not JSON in line 2", "mend that line"]),
-        ("a.json", '[\n{"text": "a"}]', {}, ["is not JSON in line 1"]),
+        ("a.json", '[\n{"text": "a"}', {}, ["is not JSON in line 2"]),
         ("a.jsonl", "[" * 20_000, {}, ["is not JSON in line 1", "recursion"]),
-        ("a.jsonl", '{"text": ' + "9" * 5000 + "}", {}, ["is not JSON in line 1", "digits"]),
-        ("a.json", '[{"text": "a", "label": 1}]', {}, ["holds no object in line 1", "without a list"]),
+        ("a.json", '[{"text": "a", "label": 1}, 7]', {}, ["holds no object in line 1 but '7'", "as an object"]),
         ("a.parquet", GOOD, {}, ["is not a Parquet file"]),
         ("a.csv", GOOD, {"text": "txet"}, ["dataset.text=txet", "which has label, text; did you mean text?"]),
         ("a.csv", GOOD, {"text": "body"}, ["dataset.text=body is not a column", "choose one of: label, text"]),
@@ -334,6 +545,59 @@ def test_an_error_in_the_test_file_names_the_test_file(tmp_path: Path) -> None:
     assert f"dataset.label=label is 'mixed' in row 2 of dataset.test={test}, a class without training" in unseen
     empty = write(tmp_path, "d.csv", "text,label\n")
     assert "dataset=files has no test examples" in error_of(files(path, test=str(empty)))
+
+
+@pytest.mark.parametrize("setting", ["path", "test"])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("nowhere.csv", "does not exist (looked for /"),
+        ("a.txt", "ends in '.txt', which is not known; use one of: .csv"),
+        ("a.csv.gz", "ends in '.gz', which is not unpacked here; unpack it"),
+        ("folder", "is a folder; name one file in it"),
+        ("pipe.csv", "is no regular file but a pipe or a device"),
+        ("loop.csv", "cannot be read ("),
+        ("a.csv/b.csv", "cannot be read (Not a directory)"),
+        ("n" * 300 + ".csv", "cannot be read (File name too long)"),
+        ("a\0.csv", "is not a path (embedded null byte)"),
+        ("\ud800.csv", "is not a path ("),
+        (" ", "names no file"),
+        ("~nobody-of-that-name/a.csv", "is not a path ("),
+    ],
+)
+def test_files_are_checked_before_any_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, name: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for there in ("a.csv", "a.txt", "a.csv.gz"):
+        write(tmp_path, there, GOOD)
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe.csv")
+    (tmp_path / "loop.csv").symlink_to("loop.csv")
+    config = replace(files(Path("a.csv"), test="a.csv"), **{setting: name})
+    with pytest.raises(ConfigError) as early:
+        data.check_files(config)
+    assert str(early.value).startswith(f"dataset.{setting}=") and said in str(early.value)
+    assert error_of(config) == str(early.value)
+
+
+def test_to_check_files_reads_none_and_loads_no_library(tmp_path: Path) -> None:
+    path = write(tmp_path, "a b (1) [x=y] 'ü'.parquet", b"no Parquet")
+    program = (
+        "import sys; from fedlora import data; from fedlora.config import DatasetConfig; "
+        "data.check_files(DatasetConfig()); data.check_files(DatasetConfig('files', path=sys.argv[1])); "
+        "data.check_files(DatasetConfig('hub', path='owner/name')); "
+        "print([m for m in ('pandas', 'sklearn', 'torch', 'datasets', 'pyarrow', 'PIL', 'ray') if m in sys.modules])"
+    )
+    root = Path(data.__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", program, str(path)], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_local_folder_for_the_hub_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"dataset.path=/nowhere/x is not a folder; correct the path, or give"):
+        data.check_files(DatasetConfig("hub", path="/nowhere/x", text="text"))
+    data.check_files(DatasetConfig("hub", path=str(tmp_path), text="text"))
 
 
 # ---------------------------------------------------------------- images
@@ -401,6 +665,107 @@ def test_an_image_that_cannot_be_read(tmp_path: Path, content: str | bytes | Non
     assert f"dataset.image=file: '1.png' in row 2 of dataset.path={path} cannot be read as an image" in message
 
 
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("pipe.png", "'pipe.png' in row 2 of dataset.path={} cannot be read as an image (a folder, a pipe or a device"),
+        ("folder.png", "(a folder, a pipe or a device"),
+        ("/dev/zero", "(a folder, a pipe or a device"),
+        ("no.png", "'no.png' in row 2 of dataset.path={} cannot be read as an image (No such file or directory)"),
+        ("x" * 5000, "(File name too long)"),
+        ("a\0.png", "'a\\x00.png' in row 2"),
+        ("\ud800.png", "'\\ud800.png' in row 2"),
+        (5, "the image in row 2 of dataset.path={} cannot be read as an image (int, neither a path"),
+        (["0.png"], "(list, neither a path nor the bytes of an image)"),
+    ],
+)
+def test_what_is_no_image(tmp_path: Path, value: Any, said: str) -> None:
+    image_files(tmp_path, pytest.importorskip("PIL.Image").new("L", (2, 2)))
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    rows = [{"file": "0.png", "label": "a"}, {"file": value, "label": "b"}]
+    path = write(tmp_path, "a.json", json.dumps(rows))
+    message = error_of(files(path, text=None, image="file"))
+    assert said.format(path) in message and len(message) < 600
+    message.encode()
+
+
+def test_images_in_a_parquet_file_itself(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    image_files(tmp_path, pytest.importorskip("PIL.Image").new("L", (2, 3), 51))
+    content = (tmp_path / "0.png").read_bytes()
+    rows = [{"image": {"bytes": content, "path": None}, "label": label} for label in "ab"]
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    loaded = data.load(files(path, text=None, image="image.bytes", test=str(path)), 0)
+    assert np.allclose(loaded.train.inputs, 0.2) and np.shape(loaded.train.inputs) == (2, 3, 2, 1)
+
+
+# ---------------------------------------------------------------- files: anything at all
+
+PIECES = [
+    '"',
+    ",",
+    "\n",
+    "\t",
+    "{",
+    "}",
+    "[",
+    "]",
+    ":",
+    "\\",
+    "\\ud800",
+    "\0",
+    "\ufeff",
+    "9" * 50,
+    "null",
+    "true",
+    "é",
+    " ",
+    "text",
+    "1e99",
+]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from([".csv", ".tsv", ".jsonl", ".json", ".parquet"]),
+    st.lists(st.tuples(st.integers(0, 400), st.integers(0, 3), st.sampled_from(PIECES)), max_size=6),
+    st.booleans(),
+)
+def test_a_damaged_file_is_read_or_named_in_one_sentence(ending: str, damage: list[tuple[int, int, str]], image: bool) -> None:
+    content = {
+        ".csv": GOOD,
+        ".tsv": GOOD.replace(",", "\t"),
+        ".jsonl": "\n".join(map(json.dumps, ROWS)),
+        ".json": json.dumps(ROWS, indent=1),
+    }.get(ending, "").encode() or _parquet_of(ROWS)
+    for place, length, piece in damage:
+        content = content[:place] + piece.encode() + content[place + length :]
+    with tempfile.TemporaryDirectory() as name:
+        path = write(Path(name), f"a{ending}", content)
+        config = files(path, image="text", text=None) if image else files(path)
+        try:
+            loaded = data.load(config, 0)
+        except ConfigError as error:
+            assert "\n" not in str(error) and len(str(error)) < 700
+            assert str(error).encode()  # may be printed
+        else:
+            assert len(loaded.train) and len(loaded.classes) >= 2
+            assert all(text.encode() for text in [*loaded.train.inputs, *loaded.classes])
+
+
+def _parquet_of(rows: list[dict[str, Any]]) -> bytes:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    sink = pyarrow.BufferOutputStream()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
+    return bytes(sink.getvalue())
+
+
 # ---------------------------------------------------------------- hub, without a network
 
 
@@ -431,9 +796,9 @@ def test_hub_class_names_come_from_the_feature(hub: Any, tmp_path: Path) -> None
     train: dict[str, Any] = {"text": ["a", "b", "c"], "label": [0, 1, 0]}
     path = saved(hub, tmp_path, features, train=train, dev={"text": ["d"], "label": [1]})
     loaded = data.load(hub_config(path, test="dev"), 0)
-    assert loaded.classes == ["neg", "pos", "unused"]
-    assert loaded.train.inputs == ["a", "b", "c"] and loaded.train.labels.tolist() == [1, 0, 1]
-    assert loaded.test.inputs == ["d"] and loaded.test.labels.tolist() == [0]
+    assert loaded.classes == ["pos", "neg", "unused"]  # its order, which a checkpoint's outputs have too
+    assert loaded.train.inputs == ["a", "b", "c"] and loaded.train.labels.tolist() == [0, 1, 0]
+    assert loaded.test.inputs == ["d"] and loaded.test.labels.tolist() == [1]
 
 
 def test_hub_and_files_give_the_same_dataset(hub: Any, tmp_path: Path) -> None:
@@ -483,6 +848,19 @@ def test_what_is_wrong_with_a_hub_dataset(hub: Any, tmp_path: Path, settings: di
     message = error_of(hub_config(path, **settings))
     for part in parts:
         assert part in message
+
+
+def test_hub_structs_have_columns_with_a_dot_as_files_have(hub: Any, tmp_path: Path) -> None:
+    hub.Dataset.from_list(NESTED).save_to_disk(str(tmp_path / "one"))
+    loaded = data.load(hub_config(tmp_path / "one", text="review.text", label="meta.by.label", test="train"), 0)
+    assert loaded.train.inputs == [row["text"] for row in ROWS] and loaded.classes == ["a", "b"]
+
+
+def test_the_hub_reads_no_file_and_no_dataset_without_splits(hub: Any, tmp_path: Path) -> None:
+    path = write(tmp_path, "a.csv", GOOD)
+    assert f"dataset.path={path} is a file, and dataset=hub reads none; use dataset=files" in error_of(hub_config(path))
+    path = saved(hub, tmp_path)
+    assert f"dataset.path={path} holds no split" in error_of(hub_config(path))
 
 
 def test_a_missing_value_on_the_hub(hub: Any, tmp_path: Path) -> None:

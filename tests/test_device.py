@@ -611,12 +611,18 @@ def test_named_classes_let_a_file_lack_some_and_a_server_have_no_training_data(t
     (tmp_path / "a.jsonl").write_text('{"text": "x", "label": "no"}\n{"text": "y", "label": "no"}\n')
     file = DatasetConfig(name="files", text="text", test_fraction=0.0, classes=["yes", "no", "maybe"])
     mine = data.load(DatasetConfig(**vars(file) | {"path": str(tmp_path / "a.jsonl")}), 0)
-    assert mine.classes == ["maybe", "no", "yes"] and mine.train.labels.tolist() == [1, 1] and len(mine.test) == 0
+    assert mine.classes == ["yes", "no", "maybe"] and mine.train.labels.tolist() == [1, 1] and len(mine.test) == 0
     server = data.load(DatasetConfig(**vars(file) | {"test": str(tmp_path / "a.jsonl")}), 0)
     assert server.classes == mine.classes and len(server.train) == 0 and len(server.test) == 2
     assert len(data.load(file, 0).test) == 0
     with pytest.raises(ConfigError, match=r"is 'no' in row 1 of .*, none of dataset.classes=yes,maybe"):
         data.load(DatasetConfig(**vars(file) | {"path": str(tmp_path / "a.jsonl"), "classes": ["yes", "maybe"]}), 0)
+
+
+def test_a_device_numbers_classes_as_the_experiment_does(own, asked) -> None:
+    """Their order is that of the model's outputs; the owner and the server may each have named them in another."""
+    own = replace(own, data=replace(own.data, classes=DIGITS[::-1]))
+    assert localised(own, asked()).dataset.classes == DIGITS
 
 
 @pytest.mark.parametrize(

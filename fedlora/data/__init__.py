@@ -21,7 +21,11 @@ from fedlora.check import ConfigError
 if TYPE_CHECKING:
     from fedlora.config import DatasetConfig
 
-HELPERS = {"domains", "partition"}  # modules of this folder that define no dataset, besides those with a leading underscore
+HELPERS = {
+    "domains",
+    "labels",
+    "partition",
+}  # modules of this folder that define no dataset, besides those with a leading underscore
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +60,7 @@ class Dataset:
     kind: str
     """"text" or "image"."""
     classes: list[str]
-    """Names of the labels, as `ordered` sorts them."""
+    """Names of the labels, in the order that `dataset.classes` or a ClassLabel says, else as `ordered` sorts them."""
     train: Examples
     test: Examples
 
@@ -65,6 +69,23 @@ def names() -> list[str]:
     """The datasets there are, read from the folder without importing any of them."""
     modules = (module.name for module in pkgutil.iter_modules(__path__))
     return sorted(name for name in modules if not name.startswith("_") and name not in HELPERS)
+
+
+def check_files(config: DatasetConfig) -> None:
+    """Whether the files that the settings name are there, at once: nothing of them is read and no library is loaded.
+
+    Raises ConfigError where a file of `dataset.path` or `dataset.test` is missing, unreadable, a folder or a pipe, or has an
+    ending that is not read; for `hub`, where `dataset.path` is written as a local folder and there is none.
+    """
+    from fedlora.data import _file
+
+    named = {"dataset.path": config.path, "dataset.test": config.test}
+    if config.name == "files":
+        for setting, name in named.items():
+            if name:  # a server of real devices has no training file
+                _file.locate(setting, name)
+    if config.name == "hub" and config.path is not None:
+        _file.locate_folder("dataset.path", config.path)
 
 
 def ordered(words: Iterable[str]) -> list[str]:
@@ -102,11 +123,13 @@ def _check(config: DatasetConfig, dataset: Dataset) -> None:
         raise ConfigError(f"dataset={config.name} has no test examples; add examples or name a test set by dataset.test")
     trained = np.unique(dataset.train.labels)
     if len(trained) < 2:
-        only = dataset.classes[trained[0]]
-        raise ConfigError(f"dataset.label={config.label} has only the class '{only}'; a classifier needs two or more")
+        from fedlora.data.labels import quoted
+
+        only = quoted(dataset.classes[trained[0]])
+        raise ConfigError(f"dataset.label={config.label} has only the class {only}; a classifier needs two or more")
     unseen = np.setdiff1d(dataset.test.labels, trained)
     if len(unseen):
         raise ConfigError(
-            f"dataset.label={config.label}: the class '{dataset.classes[unseen[0]]}' of the test set has no training "
+            f"dataset.label={config.label}: the class '{dataset.classes[unseen[0]]:.40}' of the test set has no training "
             "example; add some or remove it from the test set"
         )

@@ -7,6 +7,8 @@ and an error: an example is never dropped in silence.
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,12 +17,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedlora import check
-from fedlora.check import ConfigError
-from fedlora.data import Dataset, Examples, ordered
+from fedlora.check import ConfigError, RunError
+from fedlora.data import Dataset, Examples, labels, ordered
+from fedlora.data._text import one_line
 from fedlora.data.partition import split_off_test
 
 if TYPE_CHECKING:
     from fedlora.config import DatasetConfig
+
+
+Columns = tuple[list[str], Callable[[str], list[Any]]]  # names, and the values of the column of a name
+
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair, which JSON can write and UTF-8 cannot
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,7 @@ class Table:
     """How errors call it: the setting that named it and its value, such as dataset.path=train.csv."""
     names: Sequence[str]
     column: Callable[[str], Sequence[Any]]
-    """The values of a column, None where there is none. An image is a path or an open file of its bytes."""
+    """The values of a column, None where there is none. An image is a path, its bytes, or a file of them in memory."""
     folder: Path = Path()
     """What the paths of images start from."""
     classes: Sequence[str] | None = None
@@ -39,20 +47,36 @@ class Table:
 
     def values(self, setting: str, name: str) -> Sequence[Any]:
         """The values of the column `name`, which the setting `dataset.<setting>` asked for, none of them missing."""
+        asked = f"dataset.{setting}={name}"
         if name not in self.names:
-            hint = check.suggest(name, self.names)
-            listed = "" if hint.startswith("choose") else f", which has {', '.join(sorted(self.names))}"
-            raise ConfigError(f"dataset.{setting}={name} is not a column of {self.source}{listed}; {hint}")
+            raise ConfigError(f"{asked} is not a column of {self.source}, {self._hint(name)}")
         if list(self.names).count(name) > 1:
-            raise ConfigError(f"dataset.{setting}={name} names several columns of {self.source}; rename all but one")
-        values = self.column(name)
+            raise ConfigError(f"{asked} names several columns of {self.source}; rename all but one")
+        try:
+            values = self.column(name)
+        except (ConfigError, RunError):  # the latter from a device, whose time is up
+            raise
+        except Exception as error:  # what is in a column is a library's affair, pyarrow's or that of datasets
+            raise ConfigError(
+                f"{asked} cannot be read from {self.source} ({one_line(error)}); write that column as text or integers"
+            ) from error
         for row, value in enumerate(values, start=1):
             if value is None or value == "" or value != value:  # only NaN differs from itself
                 raise ConfigError(
-                    f"dataset.{setting}={name} has no value in row {row} of {self.source} (the first example is "
+                    f"{asked} has no value in row {row} of {self.source} (the first example is "
                     "row 1); fill it in or remove that row"
                 )
         return values
+
+    def _hint(self, name: str) -> str:
+        """What to say in place of the column `name`, which is not there."""
+        inside = [other for other in self.names if other.startswith(f"{name}.")]
+        if inside:
+            return f"which has columns inside it; name one of: {labels.listed(inside)}"
+        near = check.suggest(name, map(labels.plain, self.names))
+        if near.startswith("choose"):
+            return f"which has no column like it; choose one of: {labels.listed(self.names)}"
+        return f"which has {labels.listed(self.names)}; {near}"
 
     def words(self, setting: str, name: str) -> list[str]:
         """The column as text."""
@@ -60,8 +84,13 @@ class Table:
         for row, value in enumerate(values, start=1):
             if not isinstance(value, str | int) or isinstance(value, bool):
                 raise ConfigError(
-                    f"dataset.{setting}={name} is {value!r:.40} in row {row} of {self.source}, neither text nor an "
+                    f"dataset.{setting}={name} is {labels.cut(repr(value))} in row {row} of {self.source}, neither text nor an "
                     "integer; convert the column to one of them or name another"
+                )
+            if isinstance(value, str) and SURROGATE.search(value):
+                raise ConfigError(
+                    f"dataset.{setting}={name} has half a character (a lone surrogate) in row {row} of {self.source}, in "
+                    f"{labels.quoted(value)}; write the character in full or remove it"
                 )
         return [str(value) for value in values]
 
@@ -71,11 +100,13 @@ class Table:
         for row, value in enumerate(self.values("image", name), start=1):
             try:
                 images.append(_pixels(self.folder / value if isinstance(value, str) else value))
+            except RunError:  # from a device, whose time is up
+                raise
             except Exception as error:  # Pillow's decoders raise whatever the broken bytes led them into
-                what = f"'{value}'" if isinstance(value, str) else "the image"
+                what = labels.quoted(value, 100) if isinstance(value, str) else "the image"
                 raise ConfigError(
                     f"dataset.image={name}: {what} in row {row} of {self.source} cannot be read as an image "
-                    f"({error}); replace it or remove that row"
+                    f"({getattr(error, 'strerror', None) or one_line(error)}); replace it or remove that row"
                 ) from error
         return np.stack(images) if len({image.shape for image in images}) == 1 else images
 
@@ -84,14 +115,16 @@ def dataset(config: DatasetConfig, train: Table | None, test: Table | None) -> D
     """The dataset of a training table and a test table; without the latter, `config.test_fraction` is split off.
 
     With `config.classes` either may lack labels, or be absent: no examples then.
-    Raises ConfigError for a column that is not there, a value that is missing or unusable, and a label that is none of the
-    classes, which are those of the training table unless they are named.
+    Raises ConfigError for a column that is not there, a value that is missing or unusable, labels that are no classes, and
+    a label that is none of the classes, which are those of the training table unless they are named.
     """
-    labels = train.words("label", config.label) if train else []
-    if train and not labels:
+    if config.text == config.label:
+        raise ConfigError(f"dataset.text={config.text} is the column of the label too; name another, or dataset.label")
+    given = train.words("label", config.label) if train else []
+    if train and not given:
         raise ConfigError(f"{train.source} holds no examples; name data that has some")
-    classes = ordered(config.classes or (train.classes if train else None) or labels)
-    known = config.classes or labels
+    classes = _classes(config, train, given)
+    known = config.classes or given
     examples = _examples(config, train, classes, known) if train else None
     tests = _examples(replace(config, group=None), test, classes, known) if test else None
     kind = "text" if config.text else "image"
@@ -102,33 +135,56 @@ def dataset(config: DatasetConfig, train: Table | None, test: Table | None) -> D
     return Dataset(kind, classes, none if examples is None else examples, none if tests is None else tests)
 
 
+def _classes(config: DatasetConfig, train: Table | None, given: list[str]) -> list[str]:
+    """The classes in the order in which `dataset.classes` or the source names them, else those of the training data, sorted."""
+    if len(set(config.classes)) < len(config.classes):
+        twice = next(name for name in config.classes if config.classes.count(name) > 1)
+        raise ConfigError(f"dataset.classes names {labels.quoted(twice)} twice; name each class once")
+    if len(config.classes) == 1:
+        raise ConfigError(f"dataset.classes names only {labels.quoted(config.classes[0])}; a classifier needs two or more")
+    named = config.classes or (train.classes if train else None)
+    if named:
+        return list(named)
+    if train:
+        labels.require_classes(f"dataset.label={config.label}", train.source, given)
+    return ordered(given)
+
+
 def _examples(config: DatasetConfig, table: Table, classes: list[str], known: Collection[str]) -> Examples:
-    labels = table.words("label", config.label)
-    if unknown := set(labels).difference(known):
-        row = next(row for row, label in enumerate(labels, start=1) if label in unknown)
+    given = table.words("label", config.label)
+    if unknown := set(given).difference(known):
+        row = next(row for row, label in enumerate(given, start=1) if label in unknown)
         reason = (
-            f"none of dataset.classes={','.join(config.classes)}; correct the one or the other"
+            f"none of dataset.classes={labels.cut(','.join(config.classes), 200)}; correct the one or the other"
             if config.classes
             else "a class without training examples; add some or remove it from the test set"
         )
-        raise ConfigError(f"dataset.label={config.label} is '{labels[row - 1]}' in row {row} of {table.source}, {reason}")
+        raise ConfigError(
+            f"dataset.label={config.label} is {labels.quoted(given[row - 1])} in row {row} of {table.source}, {reason}"
+        )
     groups = np.array(table.words("group", config.group)) if config.group else None
-    return Examples(_inputs(config, table), _encoded(labels, classes), groups)
+    return Examples(_inputs(config, table), _encoded(given, classes), groups)
 
 
 def _inputs(config: DatasetConfig, table: Table) -> list[str] | np.ndarray | list[np.ndarray]:
     return table.words("text", config.text) if config.text else table.images(str(config.image))
 
 
-def _encoded(labels: list[str], classes: list[str]) -> np.ndarray:
+def _encoded(given: list[str], classes: list[str]) -> np.ndarray:
     index = {name: i for i, name in enumerate(classes)}
-    return np.array([index[label] for label in labels], np.int64)
+    return np.array([index[label] for label in given], np.int64)
 
 
 def _pixels(file: Any) -> np.ndarray:
-    """The pixels of an image file (H, W, C), upright, float32 in [0, 1]; C is 1 for grey levels and else 3, RGB."""
+    """The pixels of an image (H, W, C), upright, float32 in [0, 1]; C is 1 for grey levels and else 3, RGB."""
     from PIL import Image, ImageOps
 
+    if isinstance(file, bytes):
+        file = io.BytesIO(file)
+    if not isinstance(file, Path | io.BytesIO):
+        raise ValueError(f"{type(file).__name__}, neither a path nor the bytes of an image")
+    if isinstance(file, Path) and file.exists() and not file.is_file():  # to open a pipe may wait for ever
+        raise ValueError("a folder, a pipe or a device, not a file")
     with Image.open(file) as opened:
         image = ImageOps.exif_transpose(opened)
         if image.mode.startswith("I;16"):  # convert() would clip these to 255

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from fedlora import check
 from fedlora.check import ConfigError
-from fedlora.data import Dataset, _table
+from fedlora.data import Dataset, _file, _table
 from fedlora.data._table import Table
+from fedlora.data._text import one_line
 
 if TYPE_CHECKING:
     from fedlora.config import DatasetConfig
@@ -38,6 +39,7 @@ def _fetched(config: DatasetConfig) -> dict[str, Any]:
         import datasets
     except ImportError as error:
         raise ConfigError("dataset=hub needs a package that is not installed; pip install 'fedlora[hub]'") from error
+    _file.locate_folder("dataset.path", str(config.path))
     try:
         folder = Path(str(config.path)).expanduser()
         if any((folder / mark).is_file() for mark in ("dataset_dict.json", "state.json")):  # left by save_to_disk
@@ -47,17 +49,20 @@ def _fetched(config: DatasetConfig) -> dict[str, Any]:
     except Exception as error:  # network, hub, file formats: each of the libraries below has exceptions of its own
         subset = f" dataset.subset={config.subset}" if config.subset else ""
         raise ConfigError(
-            f"dataset.path={config.path}{subset} cannot be loaded ({' '.join(str(error).split()):.200}); correct the "
+            f"dataset.path={config.path}{subset} cannot be loaded ({one_line(error.__cause__ or error)}); correct the "
             "name or the connection, or name a local folder"
         ) from error
-    return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
+    splits = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
+    if not splits:
+        raise ConfigError(f"dataset.path={config.path} holds no split; name a dataset that has one")
+    return splits
 
 
 def _split(setting: str, name: str, splits: dict[str, Any], config: DatasetConfig) -> Table:
     import datasets
 
     check.one_of(splits, **{setting: name})
-    split = splits[name]
+    split = splits[name].flatten()  # a struct's columns get its name and a dot in front, as in a file
     source = f"{setting}={name}"
     label = split.features.get(config.label)
     declared = label.names if isinstance(label, datasets.ClassLabel) else None
@@ -68,18 +73,24 @@ def _split(setting: str, name: str, splits: dict[str, Any], config: DatasetConfi
             if not isinstance(feature, datasets.Image):
                 raise ConfigError(f"dataset.image={column_name} is not an image feature of {source}; name one that is")
             raw = split.cast_column(column_name, datasets.Image(decode=False))
-            return [_file(image) for image in raw[column_name]]
+            return [_undecoded(image) for image in raw[column_name]]
         values = list(split[column_name])
         if isinstance(feature, datasets.ClassLabel):
             if -1 in values:  # how the hub marks test sets whose labels are kept secret
                 raise ConfigError(f"{source} of dataset.path={config.path} has unlabelled rows; name a split with labels")
+            known = range(len(feature.names))
+            if row := next((row for row, value in enumerate(values, 1) if value is not None and value not in known), 0):
+                raise ConfigError(
+                    f"the column {column_name} of {source} is {values[row - 1]} in row {row}, and its ClassLabel has "
+                    f"{len(known)} names; correct the labels or the names"
+                )
             return [None if value is None else feature.names[value] for value in values]
         return values
 
     return Table(source, split.column_names, column, classes=declared)
 
 
-def _file(image: dict[str, Any] | None) -> Any:
+def _undecoded(image: dict[str, Any] | None) -> Any:
     """The path or the bytes of an image that `datasets` has not decoded."""
     if image is None:
         return None

@@ -51,7 +51,7 @@ def localised(own: Holdings, config: Config) -> Config:
     sizes[own.client] = own.examples
     return replace(
         config,
-        dataset=own.data,
+        dataset=replace(own.data, classes=config.dataset.classes),  # the same ones, in the order of the model's outputs
         model=replace(config.model, path=own.model[1]),
         partition=PartitionConfig(name="own", sizes=sizes),
         engine=EngineConfig(name="inline", cohort="1", prefix_cache=own.cache),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import replace
 
 import psutil
@@ -23,7 +22,7 @@ def data(own: Holdings) -> Holdings:
     Raises ConfigError for a file that cannot be read, for one with other classes than its owner declared, and where those
     are neither declared nor known.
     """
-    from fedlora.data import files
+    from fedlora.data import files, labels
 
     declared = own.data.classes or _known(own)
     try:
@@ -35,11 +34,7 @@ def data(own: Holdings) -> Holdings:
         raise ConfigError(
             f"--classes is missing; name all labels of the federation. {own.data.path} has --classes {found:.200}"
         )
-    counts = Counter(dataset.classes[label] for label in dataset.train.labels.tolist())
-    shown = ", ".join(f"{name} × {counts[name]}" for name in dataset.classes[:10]) + (
-        ", …" if len(dataset.classes) > 10 else ""
-    )
-    say(f"data: {own.data.path}, {len(dataset.train)} examples ({shown}); they stay here")
+    say(f"data: {own.data.path}, {len(dataset.train)} examples ({labels.shown(dataset)}); they stay here")
     return replace(own, examples=len(dataset.train), data=replace(own.data, classes=dataset.classes))
 
 

@@ -45,7 +45,7 @@ class ModelConfig:
 class DatasetConfig:
     """Where the examples come from: `dataset=digits`, `dataset=files` or `dataset=hub`."""
 
-    name: str = setting("digits", "digits (embedded), files (CSV, TSV, JSONL, Parquet) or hub")
+    name: str = setting("digits", "digits (embedded), files (CSV, TSV, JSON, Parquet) or hub")
     path: str | None = setting(None, "the training file, or the name of the dataset on the hub", only="dataset=files|hub")
     subset: str | None = setting(None, "the configuration of the dataset, where it has several", only="dataset=hub")
     train_split: str = setting("train", "split to train on", only="dataset=hub")
@@ -60,7 +60,7 @@ class DatasetConfig:
     )
     columns: list[str] = setting([], "column names, for a CSV or TSV without a header line", only="dataset=files")
     classes: list[str] = setting(
-        [], "names of the labels; empty: those that occur in the training data", only="dataset=files|hub"
+        [], "names of the labels in the order of the outputs; empty: those in the training data", only="dataset=files|hub"
     )
     text: str | None = setting(None, "column of the text", only="dataset=files|hub")
     image: str | None = setting(None, "column of the image: a path (files) or an image feature (hub)", only="dataset=files|hub")
