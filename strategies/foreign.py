@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from flwr.app import MetricRecord, RecordDict
 
@@ -46,8 +46,8 @@ def ensure_suits(strategy: Wire, state: ServerState) -> None:
             raise ConfigError(f"initial arrays: {layer} has {shapes}; strategies are for linear layers, (r, n) and (m, r)")
     if "R" in strategy.trains and (lacking := [x for x in state.adapters if messages.rotation(x) not in state.dense]):
         raise ConfigError(
-            f"strategy={strategy.name} trains {messages.rotation(lacking[0])}, which the initial arrays lack; it needs fedlora's "
-            "own clients and runtime (python run.py)"
+            f"strategy={strategy.name} trains {messages.rotation(lacking[0])}, which the initial arrays lack; it needs "
+            "fedlora's own clients (python run.py)"
         )
     if strategy.derive or strategy.beyond_peft:
         return
@@ -56,9 +56,10 @@ def ensure_suits(strategy: Wire, state: ServerState) -> None:
             f"strategy={strategy.name} asks more of clients than PEFT's arrays: they must {asked}; use fedlora's own clients "
             "(python run.py), or pass beyond_peft=True if yours do this"
         )
-    default = type(strategy).__init__.__kwdefaults__.get("init", "kaiming")
-    if strategy.init != default and not strategy.redraws:
-        raise ConfigError(f"init={strategy.init} is for fedlora's own runtime; in your ServerApp the initial arrays have A: leave it out")
+    if strategy.init != "kaiming":
+        raise ConfigError(
+            f"init={strategy.init} is for python run.py; in your own ServerApp A is in the initial arrays: leave it out"
+        )
 
 
 def mean_metrics(contents: Sequence[RecordDict], weight_key: str) -> MetricRecord:
@@ -83,7 +84,7 @@ def mean_metrics(contents: Sequence[RecordDict], weight_key: str) -> MetricRecor
                 unequal.add(name)
             else:
                 totals[name] = before + weight, total + weight * value
-    means: dict[str, Value] = {
+    means: dict[str, Any] = {
         name: [t / weight for t in total] if isinstance(total, list) else total / weight
         for name, (weight, total) in totals.items()
         if name not in unequal
@@ -100,5 +101,5 @@ def _measured(record: MetricRecord, weight_key: str) -> Iterator[tuple[str, Valu
     for name, value in itertools.islice(record.items(), MOST_METRICS):
         numbers = value if isinstance(value, list) else [value]
         usable = len(name) <= LONGEST_NAME and name.isprintable() and name not in (weight_key, messages.CLIENT)
-        if usable and all(math.isfinite(number) and abs(number) <= LARGEST for number in numbers):
-            yield name, value
+        if usable and numbers and all(abs(number) <= LARGEST for number in numbers):  # which is false of NaN
+            yield name, list(value) if isinstance(value, list) else value

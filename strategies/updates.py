@@ -101,7 +101,7 @@ def _frozen(adapters: Adapters, given: Adapters, trains: str) -> Adapters:
         for layer, pair in adapters.items():
             own, sent = getattr(given[layer], f), getattr(pair, f)
             if sent is not own and not np.allclose(sent, own, rtol=2**-8, atol=2**-24):
-                raise Malformed(f"it changed {layer}.lora_{f}, which is not trained in this round; freeze lora_{f} at the client")
+                raise Malformed(f"it changed {layer}.lora_{f}, which this round does not train; freeze lora_{f} at the client")
         adapters = {layer: pair._replace(**{f: getattr(given[layer], f)}) for layer, pair in adapters.items()}
     return adapters
 

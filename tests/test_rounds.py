@@ -109,7 +109,7 @@ def trained(client: int, message: Message, sends: str | None = None, examples: A
     arrays = {
         f"{layer}.lora_{factor}.weight": pair[factor] + rng.standard_normal(pair[factor].shape).astype(np.float32)
         for layer, pair in factors.items()
-        for factor in (str(job[messages.SENDS]) if sends is None else sends)
+        for factor in (str(job.get(messages.SENDS, "")) if sends is None else sends)
     }
     for name, array in dense.items():
         mixes = name.endswith("lora_R.weight")
@@ -140,7 +140,9 @@ def honest(sends: str | None = None) -> Client:
 
 
 def make(name: str, **keywords: Any) -> LoRAStrategy:
-    return strategies.make(name, **{"min_train_nodes": 1, "min_available_nodes": CLIENTS} | keywords)
+    """Of clients that do what any strategy needs, as `honest` ones do, and are sent everything."""
+    usual = {"min_train_nodes": 1, "min_available_nodes": CLIENTS, "beyond_peft": True}
+    return strategies.make(name, **usual | keywords)
 
 
 def arrays_of(record: ArrayRecord) -> dict[str, bytes]:
