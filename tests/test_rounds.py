@@ -102,12 +102,16 @@ def initial(name: str = "fedavg", seed: int = 0) -> ArrayRecord:
 
 
 def trained(client: int, message: Message, sends: str | None = None, examples: Any = None) -> RecordDict:
-    """What a client sends: the factors that it is asked for and the head, moved by its own random stream of this round."""
+    """What a client sends: the factors that it is asked for, or `sends`, and the head.
+
+    What it trains is moved by its own random stream of this round.
+    """
     factors, dense, _ = messages.unpack(message.content.array_records[messages.ARRAYS])
     job = message.content.config_records[messages.CONFIG]
     rng = seeds.stream(0, "test", client, cast(int, job[messages.ROUND]))
     arrays = {
-        f"{layer}.lora_{factor}.weight": pair[factor] + rng.standard_normal(pair[factor].shape).astype(np.float32)
+        f"{layer}.lora_{factor}.weight": pair[factor]
+        + (factor in str(job[messages.TRAINS])) * rng.standard_normal(pair[factor].shape).astype(np.float32)
         for layer, pair in factors.items()
         for factor in (str(job.get(messages.SENDS, "")) if sends is None else sends)
     }
