@@ -416,3 +416,15 @@ def test_what_moves_into_the_base_is_declared() -> None:
 def test_the_table_says_what_works_strategy_by_strategy() -> None:
     rows = re.findall(r"^\| `(\w+)` \| (yes|no) \|", (DOCS / "extending.md").read_text(), re.MULTILINE)
     assert dict(rows) == {name: "yes" if name in PLAIN else "no" for name in strategies.names()}
+
+
+def test_the_app_in_the_documentation_runs_as_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    section = (DOCS / "extending.md").read_text().split("## In your own Flower app")[1]
+    printed = re.search(r"```python\n(.*?)```", section, re.DOTALL)
+    assert printed
+    app: dict[str, Any] = {}
+    exec(printed[1], app)
+    grid = Federation(app["client"], clients=4)
+    app["server"](grid, Context(1, 1, {}, RecordDict(), {}))
+    assert float(capsys.readouterr().out.splitlines()[-1]) > 0
+    assert len(grid.sent()) == 20 and len(grid.replies()) == 20
