@@ -45,9 +45,10 @@ def build() -> peft.PeftModel:
         return peft.get_peft_model(Net(), settings)
 
 
+@lru_cache
 def initial() -> ArrayRecord:
-    """What the strategy is started with, in PEFT's order."""
-    return ArrayRecord(peft.get_peft_model_state_dict(build()))
+    """What the strategy is started with, in PEFT's order: a model that nobody has trained."""
+    return ArrayRecord(peft.get_peft_model_state_dict(build.__wrapped__()))
 
 
 def by_name(model: peft.PeftModel, arrays: ArrayRecord) -> None:
