@@ -99,7 +99,7 @@ def sends(state: RecordDict, job: ConfigRecord, begun: Start, own: Trained) -> d
     if method == "none":  # it is the broadcast that is encoded
         return changed
     # Beside an A drawn anew it would mean nothing.
-    left = {} if job[messages.DRAWN] else _left(state, begun, str(job[messages.SENDS]))
+    left = {} if job[messages.DRAWN] else _left(state, begun, str(job.get(messages.SENDS, "")))
     encoded, left = compression.encode_with_feedback(changed, left, method, share)
     if left:
         state[LEFT], state[LEFT_AT] = messages.record(left), messages.pack(begun.adapters, {}, "A")
@@ -120,7 +120,7 @@ def _left(state: RecordDict, begun: Start, factors: str) -> dict[str, np.ndarray
 
 def _sent(job: ConfigRecord, own: Trained) -> dict[str, np.ndarray]:
     """What goes to the server, by name."""
-    factors = str(job.get(messages.SENDS, job[messages.TRAINS]))
+    factors = str(job.get(messages.SENDS, ""))
     return messages.named(own.adapters, {} if job.get(messages.PERSONAL) else own.dense, factors)
 
 

@@ -52,7 +52,7 @@ class Update:
     """What one client sent, with the factor it did not send filled in from the broadcast."""
 
     client: int
-    examples: int
+    examples: float  # a whole number, unless a ServerApp weighs its clients by something else
     adapters: Adapters
     dense: dict[str, np.ndarray] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
@@ -161,7 +161,7 @@ def norm(arrays: Mapping[Any, np.ndarray]) -> float:
         return float(np.sqrt(sum(np.sum(array**2) for array in arrays.values())))
 
 
-def update_of(state: ServerState, arrays: Named, examples: int) -> Update:
+def update_of(state: ServerState, arrays: Named, examples: float) -> Update:
     """The arrays as one update of no client's own, in the dtypes of the state; a factor that is absent is the broadcast one."""
     adapters = {
         layer: Pair(*(arrays[layer, f].astype(own.dtype) if (layer, f) in arrays else own for f, own in pair._asdict().items()))

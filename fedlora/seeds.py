@@ -6,8 +6,8 @@ No stream depends on another having been drawn from, so changing the strategy or
 the split of the data, and a client's batches are the same on any worker. The key is hashed, so that neighbouring
 clients, rounds and seeds get unrelated streams.
 
-The purposes in use: partition, domains train, domains test, holdout, test split, adapters, head, participation, ranks,
-batches, dropout, noise, sketch, audit. Those of `private_key`: training; a training's own: batches, noise, dropout.
+The purposes in use: partition, domains train, domains test, holdout, test split, adapters, head, participation, evaluation,
+ranks, batches, dropout, noise, sketch, audit. Those of `private_key`: training; a training's own: batches, noise, dropout.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ def make_strategy(config: Config) -> LoRAStrategy:
         min_success=config.min_success,
         fraction_train=config.cohort_size / config.clients,
         min_train_nodes=1,
+        min_evaluate_nodes=1,
         clients=config.clients,
         min_available_nodes=config.min_online or config.clients,
         patience=config.patience,

@@ -21,17 +21,17 @@ class Sum:
     """
 
     def __init__(self) -> None:
-        self.examples = 0
+        self.examples: float = 0
         self._high: dict[str, np.ndarray] = {}
         self._low: dict[str, np.ndarray] = {}
 
-    def add(self, arrays: Mapping[str, np.ndarray], examples: int) -> None:
+    def add(self, arrays: Mapping[str, np.ndarray], examples: float) -> None:
         """Add the arrays that a client with so many examples sent; all must send the same ones."""
         for name, array in arrays.items():
             self._take(name, np.multiply(array, examples, dtype=np.float64), 0.0)
         self.examples += examples
 
-    def join(self, sum: ArrayRecord, examples: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def join(self, sum: ArrayRecord, examples: float, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Add the sum that `record` made somewhere else; an empty one adds examples, whose arrays are in another.
 
         Raises Malformed where it holds anything but two finite float64 arrays of each of these names and shapes.

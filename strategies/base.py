@@ -17,15 +17,14 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 
-from fedlora import check, messages, untrusted
+from fedlora import check, messages
 from fedlora.check import ConfigError, RunError
 from fedlora.lowrank import Adapters
 from fedlora.messages import ServerState, Update
 from fedlora.participation import draw_cohort
-from fedlora.untrusted import Malformed
-from strategies.inbox import Inbox
+from strategies import foreign
+from strategies.evaluation import Evaluation, share_of
 from strategies.metrics import client_metrics, geometry, signal_to_noise
-from strategies.replies import accuracy_of
 from strategies.report import RoundReport
 from strategies.rollcall import RollCall
 from strategies.secure import SecureMean
@@ -35,9 +34,10 @@ from strategies.wire import Ask, whole
 __all__ = ["FlowerFedAvg", "LoRAStrategy", "RoundReport"]
 
 
-class LoRAStrategy(Inbox):
+class LoRAStrategy(Evaluation):
     """Base of all strategies; usable in anybody's ServerApp, whose clients answer with PEFT's array names.
 
+    Clients are taken for anybody's: they know PEFT's arrays and no more. A strategy that needs more of them refuses to start.
     Keywords besides Flower's own (`fraction_train`, `min_available_nodes`, …):
     `init` names how the runtime draws A (kaiming, orthonormal or pissa; B starts at zero), `scale` is alpha / rank,
     `seed` draws the cohorts, out of so many `clients` whether they are online or not (none: out of those online),
@@ -47,7 +47,8 @@ class LoRAStrategy(Inbox):
     that cohorts vary in size. `ranks` are those of clients 0, 1, …, none above the state's.
     `round_timeout` is how many seconds further messages of a round are waited for (the first ones: Flower's `timeout`).
     With `derive` the clients are fedlora's own, which know how everything began: only what they cannot derive is sent down,
-    `encodes` says how it is encoded, what they send, and for top_k the share of it.
+    `encodes` says how it is encoded, what they send, and for top_k the share of it. With `beyond_peft` they are others that do
+    what the strategy needs (docs/extending.md): they tell their number when asked, and are sent everything.
     `max_weight` is the share of a cohort's weight that one client may have at most, since examples are a client's own word. An
     update longer than `max_update` times the median of its cohort's is left out and named.
     """
@@ -65,6 +66,7 @@ class LoRAStrategy(Inbox):
         poisson: bool = False,
         ranks: Sequence[int] | None = None,
         derive: bool = False,
+        beyond_peft: bool = False,
         encodes: tuple[str, str, float] = ("none", "none", 0.1),
         round_timeout: float = 3600.0,
         max_weight: float = 1.0,
@@ -74,11 +76,15 @@ class LoRAStrategy(Inbox):
         evaluated = flower.pop("fraction_evaluate", 0.0)
         super().__init__(**flower)
         self.fraction_evaluate = evaluated  # set here, since Flower logs a warning for 0, our default
+        aggregate = foreign.no_metrics if derive else foreign.mean_metrics
+        self.train_metrics_aggr_fn = flower.get("train_metrics_aggr_fn") or aggregate
+        self.evaluate_metrics_aggr_fn = flower.get("evaluate_metrics_aggr_fn") or aggregate
         self.init = check.one_of(("kaiming", "orthonormal", "pissa"), **{"strategy.init": init})
         self.scale, self.seed, self.evaluate_every, self.poisson = scale, seed, evaluate_every, poisson
         self.clients = clients
         self.min_success = check.fraction(min_success=min_success)
-        self.ranks, self.derive, self.encodes, self.round_timeout = ranks, derive, encodes, round_timeout
+        self.ranks, self.derive, self.beyond_peft = ranks, derive, beyond_peft
+        self.encodes, self.round_timeout = encodes, round_timeout
         self.max_weight, self.max_update = check.fraction(max_weight=max_weight), check.positive(max_update=max_update)
         if ranks is not None and self.unequal not in ("native", "padded"):
             raise ConfigError(f"adapter.ranks does not go with strategy={self.name}: {self.unequal}; give all clients one rank")
@@ -100,8 +106,8 @@ class LoRAStrategy(Inbox):
         self.sum_of: SecureMean | None = None
         # Called with the state that a round leaves, before anybody is sent it.
         self.settled: Callable[[int, ServerState], None] = lambda round, state: None
-        self.roll = RollCall(patience, clients)
-        self._sent, self._tested, self._job = [], list[Message](), ConfigRecord()
+        self.roll = RollCall(patience, clients, asks=derive or beyond_peft)
+        self._sent, self._tested, self._job, self._order = [], [], ConfigRecord(), ()
         self._grid = None
         self._done = 0  # rounds before the first of `start`
         self._left_off: tuple[int, ServerState, Adapters] | None = None  # what `go_on` was given
@@ -130,19 +136,16 @@ class LoRAStrategy(Inbox):
 
     def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """Messages for this round's cohort, drawn from (seed, round) alone and the same on every grid."""
-        sent = messages.state_of(arrays, self.scale)
         if self.state is None or server_round == 1:  # Flower's start() counts from 1: a new run begins with a new memory
-            if self.state is not None:
-                self.roll = RollCall(self.roll.patience, self.clients, self.roll.say)
-            self._done, self.state, self.initial = self._left_off or (0, sent, sent.adapters)
-            self._left_off = None
+            self._begin(arrays)
         server_round += self._done
-        dense = {} if self.personal else sent.dense
-        self.state = replace(self.state, adapters=sent.adapters, dense=dense, base_correction=sent.base_correction)
-        self._grid = grid
-        nodes = self.roll.nodes(grid, self.min_available_nodes)
+        self.state, self._grid = self._adopt(arrays), grid
+        if self.fraction_train == 0.0:  # Flower's way to say that nobody trains
+            self._sent, self.report = [], RoundReport(server_round, [])
+            return []
+        nodes = self.roll.nodes(grid, max(self.min_available_nodes, self.min_train_nodes))
         everyone = sorted(nodes) if self.clients is None else list(range(self.clients))
-        drawn = self.draw(server_round, everyone, self._size(len(everyone)))
+        drawn = self.draw(server_round, everyone, share_of(len(everyone), self.fraction_train, self.min_train_nodes))
         cohort = self.admit(server_round, [client for client in drawn if client in nodes])
         away = {client: "not online" for client in drawn if client not in nodes}
         if not cohort and self.release is None:
@@ -156,6 +159,8 @@ class LoRAStrategy(Inbox):
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check the replies, average the dense arrays, merge, and measure. Raises RunError if too few are usable."""
         assert self.state is not None and self.report is not None, "configure_train comes first"
+        if self.fraction_train == 0.0:
+            return None, None
         server_round += self._done
         report, before, sends = self.report, self.state, self.sends(server_round)
         updates, merged = self._receive(replies, server_round)
@@ -167,6 +172,9 @@ class LoRAStrategy(Inbox):
             else:
                 merged = self.gather(before, merged, server_round, ask)
         updates = [update for update in updates if update.client not in report.drops]
+        taken, self._taken = [self._taken[update.client] for update in updates if update.client in self._taken], {}
+        if not self.derive:
+            self._say_drops(report)
         received_at = time.perf_counter()
         report.seconds_train = received_at - report.sent_at
         needed = int(np.ceil(round(self.min_success * len(report.cohort), 9)))  # .55 of 20 is 11
@@ -190,7 +198,26 @@ class LoRAStrategy(Inbox):
             | client_metrics(updates)
             | signal_to_noise(before, merged, updates)
         )
-        return messages.pack(*whole(self.state)), MetricRecord(dict(report.metrics))
+        measured = self.train_metrics_aggr_fn(taken, self.weighted_by_key)
+        return self._record(messages.named(*whole(self.state))), MetricRecord({**report.metrics, **measured})
+
+    def _begin(self, arrays: ArrayRecord) -> None:
+        """The memory of a new run. Raises ConfigError where these arrays or the clients do not suit the strategy."""
+        sent = messages.state_of(arrays, self.scale)
+        foreign.ensure_suits(self, sent)
+        if self.state is not None:
+            self.roll = replace(self.roll, client={}, examples={}, refused={}, named=False)
+        self._order = tuple(arrays)
+        self._done, self.state, self.initial = self._left_off or (0, sent, sent.adapters)
+        self._left_off = None
+
+    def _say_drops(self, report: RoundReport) -> None:
+        """Log whom a round left out: in somebody's ServerApp nobody else reads the report."""
+        nodes = {client: node for node, client in self.roll.client.items()}
+        for client, why in list(report.drops.items())[:3]:
+            self.roll.say(f"round {report.round}: client {client} (node {nodes.get(client)}) is left out: {why}")
+        if len(report.drops) > 3:
+            self.roll.say(f"round {report.round}: {len(report.drops) - 3} more clients are left out")
 
     def _merged(self, before: ServerState, updates: list[Update], round: int) -> ServerState:
         """The state after a round. Raises RunError where it holds a number that is not finite: no checkpoint is to have one."""
@@ -209,47 +236,6 @@ class LoRAStrategy(Inbox):
                 "Lower train.lr or server.max_update, or set server.mean=median"
             )
         return state
-
-    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
-        """Messages that ask every client to test the merged model on what it holds back, if fraction_evaluate is set."""
-        server_round += self._done
-        if self.fraction_evaluate == 0.0 or server_round % self.evaluate_every:
-            return []
-        nodes = self.roll.nodes(grid, self.min_available_nodes)
-        self._tested = self._messages(arrays, config, server_round, [nodes[c] for c in sorted(nodes)], MessageType.EVALUATE)
-        if self.report is not None:
-            self.report.bytes_down += sum(messages.array_bytes(message.content) for message in self._tested)
-        return self._tested
-
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Mean and spread over clients of their own accuracy: each client that tested counts once, whatever its size.
-
-        Of one that was asked and whose reply says no accuracy in [0, 1], the report says why.
-        """
-        if self.report is None:  # nothing was asked
-            return None
-        report, tested, found = self.report, self._tested, dict[int, float]()
-        self._tested = []
-        for client, content in self._contents(replies, tested, report.untested):
-            try:
-                accuracy = accuracy_of(content, self.weighted_by_key)
-            except Malformed as reason:
-                report.untested[client] = untrusted.text(str(reason))
-                continue
-            if accuracy is not None:
-                found[client] = accuracy
-        if not found:
-            return None
-        report.client_accuracy = dict(sorted(found.items()))
-        accuracies = np.array(list(report.client_accuracy.values()))
-        spread = {
-            "client_accuracy_mean": float(accuracies.mean()),
-            "client_accuracy_std": float(accuracies.std()),
-            "client_accuracy_worst_decile": float(np.quantile(accuracies, 0.1)),
-            "clients_evaluated": int(accuracies.size),
-        }
-        report.metrics |= spread
-        return MetricRecord(dict(spread))
 
     def summary(self) -> None:
         """Nothing: the runtime prints what differs from the defaults, and Flower's table would say it again."""
@@ -277,6 +263,3 @@ class LoRAStrategy(Inbox):
     def streams(self) -> bool:  # type: ignore[override]
         """Whether no more than the sum of the updates is needed."""
         return self.linear and not (self.silent or self.release or self.robust)
-
-    def _size(self, available: int) -> int:
-        return min(available, max(round(available * self.fraction_train), self.min_train_nodes, 1))

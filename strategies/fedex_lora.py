@@ -21,6 +21,7 @@ class FedExLoRA(LoRAStrategy):
     """Average A and average B, and move the aggregation bias into the base."""
 
     trains = "AB"
+    corrects = True
     paper = "FedEx-LoRA, 2410.09432"
     exact = True
     unequal = "Ā and B̄ need clients of one rank"

@@ -28,6 +28,7 @@ class FLoRA(LoRAStrategy):
     trains = "AB"
     down = ""
     redraws = True
+    corrects = True
     paper = "FLoRA, 2409.05976"
     exact = True
     steady = False

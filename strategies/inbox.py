@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
-from flwr.app import ArrayRecord, Message, MessageType, RecordDict
+from flwr.app import ArrayRecord, Message, MessageType, MetricRecord, RecordDict
 
 from fedlora import messages, untrusted
 from fedlora.check import RunError
 from fedlora.messages import ServerState, Update
 from fedlora.sums import Sum
 from fedlora.untrusted import Malformed
+from strategies import foreign
 from strategies.replies import authored, client_of, error_of, read_answer
 from strategies.updates import MANY, at_rank, distance, in_scale, mean_of, most_bytes, read_update, size_of, too_long
 from strategies.wire import Contents, Shapes, Wire, whole
@@ -21,6 +22,8 @@ class Inbox(Wire):
     """The receiving half of a strategy."""
 
     max_update: float  # the longest update, in median ones
+    train_metrics_aggr_fn: Callable[[list[RecordDict], str], MetricRecord]
+    _taken: dict[int, RecordDict]  # what clients of the round sent, where somebody asks for what they measured
     release: Callable[[ServerState, list[Update], int, str], list[Update]] | None
 
     def _ask(self, action: str, contents: Contents, shapes: Shapes | None = None) -> Contents:
@@ -114,7 +117,8 @@ class Inbox(Wire):
         # Which updates are too long is known when all are there. Of a large cohort of our own clients, whose code bounds them,
         # none is held so long; others' are kept until then, and added up after.
         at_once = total is not None and self._own_clients
-        updates, lengths = dict[int, Update](), dict[int, float]()
+        updates, lengths, self._taken = dict[int, Update](), dict[int, float](), {}
+        keeps = self.train_metrics_aggr_fn is not foreign.no_metrics
 
         def add(update: Update) -> Update:
             if total is None:
@@ -126,7 +130,8 @@ class Inbox(Wire):
             given, added = at[ranks[client]], self._is_sum(content)
             try:
                 expected = None if self.silent or added else sends
-                update = read_update(client, content, given, self.weighted_by_key, expected, self._changes)
+                trains = self.trained(server_round)
+                update = read_update(client, content, given, self.weighted_by_key, expected, self._changes, trains)
                 self._check_claim(update)
             except ValueError as reason:
                 self._drop(client, reason)
@@ -138,6 +143,8 @@ class Inbox(Wire):
                 lengths[client] = 0.0 if at_once else distance(update, given)
                 update = in_scale(update, given.scale, self.state, self.unequal == "padded")
             updates[client] = add(update) if at_once and not added else update
+            if keeps:
+                self._taken[client] = content
         for client, why in self._too_long(lengths).items():
             self._drop(client, why)
             del updates[client]
@@ -157,7 +164,7 @@ class Inbox(Wire):
         if told is not None and self.weighted_by_key == messages.EXAMPLES and update.examples > told:
             raise Malformed(f"it claims {update.examples} examples and told {told} in the roll call; start the run again")
 
-    def _join(self, total: Sum, content: RecordDict, examples: int, sends: str) -> None:
+    def _join(self, total: Sum, content: RecordDict, examples: float, sends: str) -> None:
         """Add a sum of our own workers. Raises RunError where it is none: the clients in it cannot be told apart any more."""
         assert self.state is not None
         shapes = {name: array.shape for name, array in messages.named(self.state.adapters, self.state.dense, sends).items()}

@@ -60,6 +60,19 @@ def examples_of(metrics: MetricRecord, key: str, most: int, least: int = 1) -> i
         raise Malformed(f"{key} is {error}") from error
 
 
+def weight_of(metrics: MetricRecord, key: str, most: int) -> float:
+    """What a client weighs: its examples, or under another key any number above 0; raises Malformed, naming the key."""
+    if key == messages.EXAMPLES:
+        return examples_of(metrics, key, most)
+    try:
+        weight = untrusted.number(metrics[key], 0, most)
+    except Malformed as error:
+        raise Malformed(f"{key} is {error}") from error
+    if not weight:
+        raise Malformed(f"{key} is 0, and a weight is above 0")
+    return int(weight) if weight.is_integer() else weight
+
+
 def metrics_of(metrics: MetricRecord) -> dict[str, float]:
     """What a client measured, by name, in the client's order: at most `MOST_METRICS` numbers of magnitude `LARGEST` at most.
 

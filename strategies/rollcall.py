@@ -26,7 +26,7 @@ class RollCall:
     A number belongs to the first node that says it, for the whole run, online or not; another node that says it takes no
     part. Of several that say it in one roll call it is the one of the smallest id. As long as no node answers (a ClientApp
     without a query function) new ones are numbered in the order of their ids; where only some do, the silent ones stay out and
-    are asked again in the next round.
+    are asked again in the next round. Unless it `asks`, none is asked: a ClientApp without a query function would raise.
     """
 
     patience: float  # seconds to wait for nodes and for their answers
@@ -36,6 +36,7 @@ class RollCall:
     examples: dict[int, int] = field(default_factory=dict)  # by client, of those that say how many they have
     refused: dict[int, str] = field(default_factory=dict)  # nodes that take no part, and why
     named: bool = False  # whether any node has said which client it is
+    asks: bool = True  # whether clients are known to have a query function that says who they are
 
     def nodes(self, grid: Grid, needed: int) -> dict[int, int]:
         """Client → node id of those that are online. Raises RunError where fewer than `needed` come online."""
@@ -49,7 +50,7 @@ class RollCall:
     def meet(self, grid: Grid, nodes: list[int], timeout: float | None = None) -> bool:
         """Ask those of the nodes who they are that have no number; whether any of them takes no part."""
         new = [node for node in sorted(nodes) if node not in self.client]
-        asked = [Message(RecordDict(), node, MessageType.QUERY) for node in new]
+        asked = [Message(RecordDict(), node, MessageType.QUERY) for node in new] if self.asks else []
         replies = grid.send_and_receive(asked, timeout=timeout or self.patience) if asked else ()
         said = dict(self._answers(replies, asked))
         self.named |= bool(said)

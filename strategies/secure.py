@@ -66,7 +66,7 @@ class SecureMean:
             if not 1 <= update.examples <= largest:
                 said = f"it says that it has {update.examples:.3g} examples"
                 drop(update.client, f"{said}, and a secure sum counts {largest:.3g} of each client")
-        return {update.client: update.examples for update in updates if 1 <= update.examples <= largest}
+        return {update.client: int(update.examples) for update in updates if 1 <= update.examples <= largest}
 
 
 def _again(first: list[int], examples: dict[int, int], round: int) -> dict[int, int]:

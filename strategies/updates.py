@@ -10,11 +10,11 @@ import numpy as np
 from flwr.app import ArrayRecord, MetricRecord, RecordDict
 
 from fedlora import compression, lowrank, messages
-from fedlora.lowrank import Pair
+from fedlora.lowrank import Adapters, Pair
 from fedlora.messages import ServerState, Update
 from fedlora.sums import Sum
 from fedlora.untrusted import Malformed
-from strategies.replies import MOST_EXAMPLES, examples_of, metrics_of
+from strategies.replies import MOST_EXAMPLES, metrics_of, weight_of
 
 MANY = 256  # clients in a cohort from which what grows with their number is left out, and a mean is summed as they come
 
@@ -51,19 +51,25 @@ def in_scale(update: Update, scale: float, state: ServerState, padded: bool) -> 
 
 
 def read_update(
-    client: int, content: RecordDict, state: ServerState, weight_key: str, sends: str | None, changes: bool = False
+    client: int,
+    content: RecordDict,
+    state: ServerState,
+    weight_key: str,
+    sends: str | None,
+    changes: bool = False,
+    trains: str = "AB",
 ) -> Update:
     """One client's reply as an Update, in the dtype of what it was given: `state`, which completes what it did not send.
 
     `sends` names the factors that it must send, with all dense arrays; None: it keeps its arrays. With `changes` the arrays
-    are what it changed, to be added to those of `state`.
+    are what it changed, to be added to those of `state`. It may send a factor that it does not train (`trains`) as it was.
     Raises ValueError for whatever else came: another shape, a missing or unknown array, NaN or infinity, bytes that hold no
-    array, examples that cannot be counted.
+    array, examples that cannot be counted, a factor that it was not to train and has changed.
     """
     record, metrics = messages.first(content, ArrayRecord), messages.first(content, MetricRecord)
     if record is None or metrics is None or weight_key not in metrics:
         raise Malformed(f"the reply lacks its arrays or its {weight_key}")
-    examples = examples_of(metrics, weight_key, MOST_EXAMPLES)
+    examples = weight_of(metrics, weight_key, MOST_EXAMPLES)
     others = {name: value for name, value in metrics_of(metrics).items() if name != weight_key}
     if sends is None:
         return Update(client, examples, state.adapters, state.dense, others)
@@ -83,7 +89,21 @@ def read_update(
     for name, array in messages.named(adapters, dense).items():
         if not np.isfinite(array).all():
             raise Malformed(f"{name.removesuffix('.weight')} has NaN or infinite entries")
-    return Update(client, examples, adapters, dense, others)
+    return Update(client, examples, _frozen(adapters, state.adapters, trains), dense, others)
+
+
+def _frozen(adapters: Adapters, given: Adapters, trains: str) -> Adapters:
+    """The adapters, a factor that is not trained being the very one given; raises Malformed where a client has changed it.
+
+    A client may hold its model in half precision: what float16 or bfloat16 rounds away is no change.
+    """
+    for f in sorted({"A", "B"} - set(trains)):
+        for layer, pair in adapters.items():
+            own, sent = getattr(given[layer], f), getattr(pair, f)
+            if sent is not own and not np.allclose(sent, own, rtol=2**-8, atol=2**-24):
+                raise Malformed(f"it changed {layer}.lora_{f}, which this round does not train; freeze lora_{f} at the client")
+        adapters = {layer: pair._replace(**{f: getattr(given[layer], f)}) for layer, pair in adapters.items()}
+    return adapters
 
 
 def most_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
@@ -140,12 +160,13 @@ def capped(updates: list[Update], most: float) -> list[Update]:
     if most >= 1 or len(updates) < 2:
         return updates
     examples = np.array([update.examples for update in updates])
-    low, high = int(examples.min()), int(examples.max())
+    unit = 1 if examples.dtype.kind == "i" else float(examples.min()) / 2**20  # other weights need not be whole numbers
+    low, high = int(examples.min() / unit), int(examples.max() / unit)
     while low < high:  # the share of one that counts c examples rises with c
         middle = (low + high + 1) // 2
-        fits = middle <= most * float(np.minimum(examples, middle).sum())
+        fits = middle * unit <= most * float(np.minimum(examples, middle * unit).sum())
         low, high = (middle, high) if fits else (low, middle - 1)
-    return [replace(update, examples=min(update.examples, low)) for update in updates]
+    return [replace(update, examples=min(update.examples, low * unit)) for update in updates]
 
 
 def average_dense(updates: list[Update]) -> dict[str, np.ndarray]:

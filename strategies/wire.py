@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Protocol
 
@@ -43,7 +43,8 @@ class Wire(FlowerFedAvg):
     down: ClassVar[str] = "AB"  # what has to be sent down to clients that can derive the rest; "R": A by its rotation
     redraws: ClassVar[bool] = False  # every round begins with an A drawn from the seed, and with B zero
     withholds: ClassVar[bool] = False  # clients keep the factors they trained, until `gather` asks for what merge needs of them
-    paper: ClassVar[str] = ""  # name and arXiv number
+    corrects: ClassVar[bool] = False  # whether merge moves something into the base, which clients are sent as a base correction
+    paper: ClassVar[str] = ""  # name and arXiv number, where there is one
     exact: ClassVar[bool] = False  # whether the merged product is Σ p_k B_k A_k
     linear: ClassVar[bool] = False  # whether merge needs no more of the updates than their weighted mean
     steady: ClassVar[bool] = True  # whether a merge stays in the coordinates that clients were given
@@ -54,6 +55,7 @@ class Wire(FlowerFedAvg):
     init: str
     ranks: Sequence[int] | None
     derive: bool
+    beyond_peft: bool
     encodes: tuple[str, str, float]  # how arrays are encoded down and up (see fedlora.compression), and the share of top_k
     round_timeout: float  # seconds to wait for answers to further messages
     state: ServerState | None
@@ -64,6 +66,7 @@ class Wire(FlowerFedAvg):
     roll: RollCall  # who is who
     _sent: list[Message]
     _job: ConfigRecord  # of the newest round
+    _order: tuple[str, ...]  # names of the arrays that the run was started with, as they came
     _bytes_alone: int  # that a client of it sends, where replies may be added up
     _grid: Grid | None
 
@@ -128,9 +131,10 @@ class Wire(FlowerFedAvg):
         """What a round's messages say of what to train, keep and send, by the keys of `messages`.
 
         It follows from the experiment alone, so that a device derives the same and refuses a message that says another thing.
+        A text that would be empty is left out: Flower's mods cannot count its bytes.
         """
         encodes, share = self.encodes[1:]
-        return {
+        said = {
             messages.ROUND: round,
             messages.TRAINS: self.trained(round),
             messages.SENDS: self.sends(round),
@@ -143,6 +147,7 @@ class Wire(FlowerFedAvg):
             messages.KEEPS: self.withholds or self.silent,
             messages.SILENT: self.silent,
         }
+        return {name: value for name, value in said.items() if value != ""}
 
     def _messages(
         self, arrays: ArrayRecord, config: ConfigRecord, server_round: int, nodes: list[int], kind: str
@@ -158,11 +163,23 @@ class Wire(FlowerFedAvg):
         for rank in sorted({self._rank(node) for node in nodes}):
             job = ConfigRecord(dict(config) | {messages.RANK: rank})
             plain = not self.derive and self.ranks is None and not self.personal
-            sent = arrays if plain else messages.record(self.sent_down(self.state, rank))
+            sent = arrays if plain else self._record(self.sent_down(self.state, rank))
             content = RecordDict({self.arrayrecord_key: sent, self.configrecord_key: job})
             made += self._construct_messages(content, [node for node in nodes if self._rank(node) == rank], kind)
         order = {node: place for place, node in enumerate(nodes)}
         return sorted(made, key=lambda message: order[message.metadata.dst_node_id])
+
+    def _record(self, arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
+        """The arrays in the order of those that the run was started with; others, such as a base correction, come last."""
+        place = {name: number for number, name in enumerate(self._order)}
+        names = sorted(arrays, key=lambda name: place.get(name, len(place)))
+        return messages.record({name: arrays[name] for name in names})
+
+    def _adopt(self, arrays: ArrayRecord) -> ServerState:
+        """The arrays that Flower's loop carries as the state; a wrapper may have changed what the last merge left."""
+        sent = messages.state_of(arrays, self.scale)
+        dense = {} if self.personal else sent.dense
+        return replace(self.state or sent, adapters=sent.adapters, dense=dense, base_correction=sent.base_correction)
 
     @property
     def _adds(self) -> bool:

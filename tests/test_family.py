@@ -187,8 +187,9 @@ def test_a_strategy_describes_itself(name: str) -> None:
     assert set(strategy.down) <= set("ABR") and set(strategy.personal) <= set(strategy.trains)
     assert re.match(r"strong|good|possible|weak", strategy.private) and len(strategy.private) > 15
     assert strategy.unequal in ("native", "padded") or " " in strategy.unequal
-    assert re.search(r"\d{4}\.\d{5}$", strategy.paper)
-    assert strategy.paper[-10:] in (module.__doc__ or ""), "the file opens with its paper"
+    if strategy.paper:
+        assert re.search(r"\d{4}\.\d{5}$", strategy.paper)
+        assert strategy.paper[-10:] in (module.__doc__ or ""), "the file opens with its paper"
     assert inspect.getsource(module).count("\n") < 120
     for parameter in strategies.settings(name).values():
         assert isinstance(parameter.default, bool | int | float | str), "a setting's default gives its type"

@@ -102,14 +102,18 @@ def initial(name: str = "fedavg", seed: int = 0) -> ArrayRecord:
 
 
 def trained(client: int, message: Message, sends: str | None = None, examples: Any = None) -> RecordDict:
-    """What a client sends: the factors that it is asked for and the head, moved by its own random stream of this round."""
+    """What a client sends: the factors that it is asked for, or `sends`, and the head.
+
+    What it trains is moved by its own random stream of this round.
+    """
     factors, dense, _ = messages.unpack(message.content.array_records[messages.ARRAYS])
     job = message.content.config_records[messages.CONFIG]
     rng = seeds.stream(0, "test", client, cast(int, job[messages.ROUND]))
     arrays = {
-        f"{layer}.lora_{factor}.weight": pair[factor] + rng.standard_normal(pair[factor].shape).astype(np.float32)
+        f"{layer}.lora_{factor}.weight": pair[factor]
+        + (factor in str(job[messages.TRAINS])) * rng.standard_normal(pair[factor].shape).astype(np.float32)
         for layer, pair in factors.items()
-        for factor in (str(job[messages.SENDS]) if sends is None else sends)
+        for factor in (str(job.get(messages.SENDS, "")) if sends is None else sends)
     }
     for name, array in dense.items():
         mixes = name.endswith("lora_R.weight")
@@ -140,7 +144,9 @@ def honest(sends: str | None = None) -> Client:
 
 
 def make(name: str, **keywords: Any) -> LoRAStrategy:
-    return strategies.make(name, **{"min_train_nodes": 1, "min_available_nodes": CLIENTS} | keywords)
+    """Of clients that do what any strategy needs, as `honest` ones do, and are sent everything."""
+    usual = {"min_train_nodes": 1, "min_available_nodes": CLIENTS, "beyond_peft": True}
+    return strategies.make(name, **usual | keywords)
 
 
 def arrays_of(record: ArrayRecord) -> dict[str, bytes]:

@@ -223,7 +223,7 @@ def test_flora_draws_anew_in_every_round_and_clients_know(small, starts) -> None
 
 @every_name
 def test_anybodys_clients_are_sent_all_that_there_is_by_pefts_names(small, name) -> None:
-    _strategy, grid, states = play(small(rounds=2, adapter__train_head=True, **settings(name)), derive=False)
+    _strategy, grid, states = play(small(rounds=2, adapter__train_head=True, **settings(name)), derive=False, beyond_peft=True)
     for round, sent in zip((1, 1, 2, 2), grid.down(), strict=True):
         assert {key: array.tobytes() for key, array in sent.items()} == bits(states[round - 1])
     peft = {f"{layer}.lora_{factor}.weight" for layer in states[0].adapters for factor in "AB"}
@@ -233,7 +233,7 @@ def test_anybodys_clients_are_sent_all_that_there_is_by_pefts_names(small, name)
 @every_name
 def test_lean_and_full_broadcasts_end_in_the_same_model(small, name) -> None:
     config = small(rounds=2, adapter__train_head=True, **settings(name))
-    (_, lean, ended), (_, full, expected) = play(config), play(config, derive=False)
+    (_, lean, ended), (_, full, expected) = play(config), play(config, derive=False, beyond_peft=True)
     if name == "fedsvd":  # lean, A is what R · A0 rounds to
         for layer, pair in expected[-1].adapters.items():
             found = ended[-1].adapters[layer]
