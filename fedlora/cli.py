@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedlora import check
+from fedlora import check, interrupt
 from fedlora.check import ConfigError
 from fedlora.config import Config, from_dict, settings
 
@@ -33,14 +33,15 @@ DETAILED = 3  # cells of a sweep whose plans are printed whole
 def main(configs: Path, argv: Sequence[str] | None = None) -> int:
     """Run what the command line asks for. Returns the exit status.
 
-    0: done; 1: a run failed; 2: a setting, a file or a model must be put right first; 130: stopped by Ctrl-C.
+    0: done; 1: a run failed; 2: a setting, a file or a model must be put right first; 130: stopped by Ctrl-C,
+    143 by SIGTERM.
     """
     arguments = _parser().parse_args(argv)
     try:
         return check.exit_status(lambda: _command(configs, arguments))
     except KeyboardInterrupt:
-        print("stopped by Ctrl-C before a result was written", file=sys.stderr)
-        return 130
+        print(f"{interrupt.reason()} before a result was written", file=sys.stderr)
+        return interrupt.status()
 
 
 def _command(configs: Path, arguments: argparse.Namespace) -> int:
@@ -154,7 +155,7 @@ def _run(cells: list[Config]) -> int:
     done = work.run(cells)
     statuses = {summary["status"] for _, summary in done}
     if "interrupted" in statuses:
-        return 130
+        return interrupt.status()
     if len(cells) > 1:
         _tabulate(done)
     return 1 if "failed" in statuses else 0
@@ -174,7 +175,7 @@ def _deploy(cells: list[Config], project: Path) -> int:
         summary = launch.run(cell, project)
         terminal.conclude(cell, summary)
         if summary["status"] == "interrupted":
-            return 130
+            return interrupt.status()
         done.append((cell, summary))
     if len(done) > 1:
         _tabulate(done)

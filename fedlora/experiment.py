@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
 from clients import cost
-from fedlora import engines, messages, plan, ranks, report, terminal, workbench
+from fedlora import engines, interrupt, messages, plan, ranks, report, terminal, workbench
 from fedlora.check import RunError
 from fedlora.checkpoint import RELEASED, Checkpoint, Checkpoints, Released
 from fedlora.config import Config
@@ -83,11 +83,18 @@ def play(
         course = Course(bench, strategy, guard, recorder, checkpoints, shown, state, started, released)
         if last:
             course.go_on(last)
-        with shown, course.ctrl_c, terminal.notes() as notes:
-            outcome = attempt(engine, course.drive)
+        with course.ctrl_c:
+            with shown, terminal.notes() as notes:
+                outcome = attempt(engine, course.drive)
+            course.ctrl_c.later = True  # what there is is saved whole, whatever comes
+            engine.close()
+            more = {"resumed": checkpoints.resumed, "notes": list(notes.values())}
+            summary = conclude(bench, course.state, recorder, outcome | more)
+            if summary["status"] != "interrupted":
+                course.ctrl_c.check()
+            return summary
     finally:
         engine.close()
-    return conclude(bench, course.state, recorder, outcome | {"resumed": checkpoints.resumed, "notes": list(notes.values())})
 
 
 def foretell(config: Config, strategy: LoRAStrategy | None = None, show: bool = True) -> tuple[plan.Estimate, str]:
@@ -176,13 +183,14 @@ class Course:
         if due and not strategy.personal and len(self.bench.dataset.test):
             measured = measure(self.bench, arrays)
         row |= measured | {"seconds": time.perf_counter() - self.started}
-        self.recorder.round(row)
-        self.state = state
-        if self.clients is not None and self.checkpoints.due(round, config.rounds):
-            memory, lines = self.guard.memory() if self.guard else {}, self.recorder.history()
-            settled = Checkpoint(round, asdict(config), state, self.clients, memory, lines, cohorts=self.cohorts)
-            self.checkpoints.save(settled)
-        self.shown.finished(row)
+        with self.ctrl_c.held():
+            self.recorder.round(row)
+            self.state = state
+            if self.clients is not None and self.checkpoints.due(round, config.rounds):
+                memory, lines = self.guard.memory() if self.guard else {}, self.recorder.history()
+                settled = Checkpoint(round, asdict(config), state, self.clients, memory, lines, cohorts=self.cohorts)
+                self.checkpoints.save(settled)
+            self.shown.finished(row)
         self.ctrl_c.check()
         return MetricRecord(dict(measured)) if measured else None
 
@@ -272,7 +280,7 @@ def attempt(engine: engines.Engine, rounds: Callable[[Grid], object]) -> dict[st
     try:
         engine.run(rounds)
     except KeyboardInterrupt:
-        return {"status": "interrupted", "reason": "stopped by Ctrl-C"}
+        return {"status": "interrupted", "reason": interrupt.reason()}
     except RunError as error:
         return {"status": "failed", "reason": str(error)}
     return {"status": "finished"}
