@@ -287,7 +287,10 @@ def attempt(engine: engines.Engine, rounds: Callable[[Grid], object]) -> dict[st
 
 
 def conclude(bench: Workbench, state: ServerState, recorder: Recorder, outcome: dict[str, Any]) -> dict[str, Any]:
-    """Save the merged adapter and the plot, write the summary last, and return it; raises RunError for a failed run."""
+    """Save the merged adapter and the plot, write the summary last, and return it; raises RunError for a failed run.
+
+    A run that was interrupted has no plot.
+    """
     bench.model.write(state.adapters, bench.model.initial_head | state.dense, state.base_correction)  # no client's own head
     rows = report.read_rounds(recorder.folder)
     summary = report.summarise(bench.config, rows) | outcome
@@ -295,7 +298,7 @@ def conclude(bench: Workbench, state: ServerState, recorder: Recorder, outcome: 
         recorder.save(ADAPTER, bench.model.save)
         if bench.config.save_merged:
             recorder.save(MERGED, bench.model.save_merged)
-        if report.tested(rows):
+        if report.tested(rows) and outcome["status"] != "interrupted":  # which is to end soon; a plot takes seconds
             recorder.save(CURVES, lambda path: report.draw_curves(path, rows, summary))
         recorder.close(summary)
     except RunError as error:  # a full disk, most likely: the first reason is the one to tell
