@@ -50,7 +50,7 @@ class Watch:
         import psutil  # noqa: F401  # not before a signal is noticed, and not only when one has come
 
     def _note(self, number: int, frame: Any) -> None:
-        if interrupt.received is None:
+        if not isinstance(sys.stdout, Calm):
             sys.stdout, sys.stderr = Calm(sys.stdout), Calm(sys.stderr)
         interrupt.note(number, frame)
 
@@ -63,7 +63,8 @@ class Watch:
         if number == signal.SIGHUP:
             _to_nowhere(*(stream for stream in (0, 1, 2) if os.isatty(stream)))
         if not interrupt.work and self.done is None:
-            self.end(interrupt.reason() + ("" if interrupt.begun else " before a result was written"))
+            nothing = not interrupt.begun and self.stopped is None
+            self.end(interrupt.reason() + (" before a result was written" if nothing else ""))
         while True:
             again, now = self._next(TICK), time.monotonic()
             saving = any(each.later for each in interrupt.work)
@@ -172,3 +173,14 @@ def run(main: Callable[[], int], stopped: int | None = None) -> int:
         watch.end()
     watch.done = status
     return status
+
+
+def client() -> int:
+    """`fedlora-client`: a service, which ends with 0 when it is stopped."""
+
+    def main() -> int:
+        from fedlora.deploy import client
+
+        return client.main()
+
+    return run(main, stopped=0)
