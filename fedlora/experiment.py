@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -12,7 +11,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
 from clients import cost
-from fedlora import engines, interrupt, messages, plan, ranks, report, terminal, workbench
+from fedlora import engines, messages, plan, ranks, report, terminal, workbench
 from fedlora.check import RunError
 from fedlora.checkpoint import RELEASED, Checkpoint, Checkpoints, Released
 from fedlora.config import Config
@@ -85,9 +84,8 @@ def play(
             course.go_on(last)
         with course.ctrl_c:
             with shown, terminal.notes() as notes:
-                outcome = attempt(engine, course.drive)
+                outcome = engines.attempt(engine, course.drive)
             course.ctrl_c.later = True  # what there is is saved whole, whatever comes
-            engine.close()
             more = {"resumed": checkpoints.resumed, "notes": list(notes.values())}
             summary = conclude(bench, course.state, recorder, outcome | more)
             if summary["status"] != "interrupted":
@@ -273,17 +271,6 @@ def measure(bench: Workbench, arrays: ArrayRecord) -> dict[str, float]:
     bench.model.write(*messages.unpack(arrays))
     measured = evaluate(bench.model, bench.test, np.arange(len(bench.test)), bench.config.evaluate.batch_size)
     return measured | {"seconds_evaluate": time.perf_counter() - began}
-
-
-def attempt(engine: engines.Engine, rounds: Callable[[Grid], object]) -> dict[str, str]:
-    """Run the rounds on the engine's grid and say how that ended: finished, interrupted or failed, with the reason."""
-    try:
-        engine.run(rounds)
-    except KeyboardInterrupt:
-        return {"status": "interrupted", "reason": interrupt.reason()}
-    except RunError as error:
-        return {"status": "failed", "reason": str(error)}
-    return {"status": "finished"}
 
 
 def conclude(bench: Workbench, state: ServerState, recorder: Recorder, outcome: dict[str, Any]) -> dict[str, Any]:

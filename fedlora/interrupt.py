@@ -75,11 +75,11 @@ def note(number: int, frame: FrameType | None = None) -> None:
     """The handler of these signals. Of a command only the first one counts here: the second one ends it elsewhere."""
     global received
     received = received or number  # as the thread of a command, which sees to the end, may have done already
-    again = all(each.pressed for each in work)
+    first = not all(each.pressed for each in work)
     for each in work:
         each.pressed = True
     whole = any(each.later for each in work)
-    if work and (not again and not whole or again and not watched):
+    if work and (not whole if first else not watched):
         raise KeyboardInterrupt
 
 

@@ -31,7 +31,7 @@ class Moment(NamedTuple):
     """When to send what, to which command."""
 
     engine: str
-    event: str  # watched: the command heeds signals; claimed: it has a results folder; ray: a Ray starts; or lines of rounds.jsonl
+    event: str  # watched: it heeds signals; claimed: it has a results folder; ray: a Ray starts; or lines of rounds.jsonl
     later: float = 0.0
     number: int = signal.SIGINT
     more: tuple[str, ...] = (LONG,)
@@ -43,7 +43,8 @@ MOMENTS = [
     Moment("inline", "watched"), Moment("inline", "watched", 0.2, TERM), Moment("inline", "watched", 1.0),
     Moment("inline", "watched", 2.0, HUP), Moment("inline", "claimed"), Moment("inline", "claimed", 0.5, TERM),
     Moment("inline", "1"), Moment("inline", "2", 0.05, TERM), Moment("inline", "9", 0.1), Moment("inline", "20", 0.0, HUP),
-    Moment("inline", "4", 0.0, TERM, (SHORT,)), Moment("inline", "4", 0.3, more=(SHORT,)), Moment("inline", "4", 1.0, more=(SHORT,)),
+    Moment("inline", "4", 0.0, TERM, (SHORT,)), Moment("inline", "4", 0.3, more=(SHORT,)),
+    Moment("inline", "4", 1.0, more=(SHORT,)),
     Moment("ray", "watched", 0.1), Moment("ray", "watched", 0.5, TERM), Moment("ray", "watched", 1.0),
     Moment("ray", "claimed"), Moment("ray", "claimed", 1.0), Moment("ray", "claimed", 2.0, TERM),
     Moment("ray", "ray"), Moment("ray", "ray", 0.3, TERM), Moment("ray", "ray", 1.0), Moment("ray", "ray", 2.0, TERM),
