@@ -85,12 +85,13 @@ def play(
         with course.ctrl_c:
             with shown, terminal.notes() as notes:
                 outcome = engines.attempt(engine, course.drive)
-            course.ctrl_c.later = True  # what there is is saved whole, whatever comes
-            more = {"resumed": checkpoints.resumed, "notes": list(notes.values())}
-            summary = conclude(bench, course.state, recorder, outcome | more)
-            if summary["status"] != "interrupted":
-                course.ctrl_c.check()
-            return summary
+            outcome |= {"resumed": checkpoints.resumed, "notes": list(notes.values())}
+            try:
+                course.ctrl_c.later = outcome["status"] == "interrupted"
+                return conclude(bench, course.state, recorder, outcome)
+            except KeyboardInterrupt:  # as what had finished was saved, which the same command does again
+                course.ctrl_c.later = True
+                return conclude(bench, course.state, recorder, outcome | engines.interrupted())
     finally:
         engine.close()
 

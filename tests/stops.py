@@ -24,7 +24,6 @@ from tests.conftest import ROOT
 PATIENCE = 240.0  # seconds for the event to come, on a busy machine
 SMALL = ["device=cpu", "clients=4", "fraction=null", "train.steps=1", "engine.workers=2", "engine.cohort=1"]
 LONG, SHORT = "rounds=100000", "rounds=3"
-SWEEP = ["-m", "seed=1,2,3,4"]
 
 
 class Moment(NamedTuple):
@@ -38,7 +37,7 @@ class Moment(NamedTuple):
 
 
 TERM, HUP = signal.SIGTERM, signal.SIGHUP
-SWEPT = (LONG, *SWEEP)
+SWEPT = ("-m", "seed=1,2,3,4", LONG)
 MOMENTS = [
     Moment("inline", "watched"), Moment("inline", "watched", 0.2, TERM), Moment("inline", "watched", 1.0),
     Moment("inline", "watched", 2.0, HUP), Moment("inline", "claimed"), Moment("inline", "claimed", 0.5, TERM),
@@ -59,7 +58,7 @@ MOMENTS = [
 
 def tried(moment: Moment, results: Path, limit: float = 5.0) -> tuple[float, str]:
     """Seconds from the signal to the end, and what is wrong with how the command ended; an empty text if nothing is."""
-    command = [sys.executable, str(ROOT / "run.py"), *SMALL, f"engine={moment.engine}", f"results={results}", *moment.more]
+    command = [sys.executable, str(ROOT / "run.py"), *moment.more, *SMALL, f"engine={moment.engine}", f"results={results}"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=results, start_new_session=True
