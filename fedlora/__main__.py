@@ -2,7 +2,7 @@
 
 import sys
 
-from fedlora.cli import console
+from fedlora import command
 
 if __name__ == "__main__":
-    sys.exit(console())
+    sys.exit(command.console())

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import fedlora
-from fedlora import terminal
+from fedlora import interrupt, terminal
 from fedlora.check import ConfigError
 from fedlora.config import Config
 from fedlora.interrupt import CtrlC
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from fedlora.plan import Estimate
 
 ATTEMPTS = 2  # at a cell whose worker dies
-GRACE = 60.0  # seconds that a stopped cell has to save what there is
+GRACE = 20.0  # seconds that a stopped cell has to save what there is
 
 
 def run(cells: Sequence[Config]) -> list[Cell]:
@@ -171,30 +171,35 @@ class SideBySide:
 
         numbers = [number for numbers in in_step for number in numbers]
         terminal.say(f"{len(numbers)} of {len(self.recorders)} cells side by side, {self.workers} at a time")
-        shown = terminal.Cells({number: self.recorders[number] for number in numbers})
-        try:
-            with shown, CtrlC() as ctrl_c, terminal.notes():
-                engine = self.recorders[numbers[0]].config.engine
-                start_ray(replace(engine, workers=self.workers))
-                self.waiting.extend((together, ATTEMPTS) for together in in_step)
-                for _ in range(self.workers):
-                    self._seat()
-                while self.waiting or self.running:
-                    while self.waiting and self.idle:
-                        self._begin(self.idle.pop(), *self.waiting.popleft())
-                    if self.grows and self.waiting and not self.rising:  # what a cluster says of its room lags behind
-                        for _ in range(min(self.nodes.free(), len(self.waiting))):
-                            self._seat()
-                    for task in ray.wait([*self.running, *self.rising], timeout=1.0)[0]:
-                        self._rise(task) if task in self.rising else self._end(task)
-                    shown.update(self.ended, [number for _, numbers, _ in self.running.values() for number in numbers])
-                    ctrl_c.check()
-        except KeyboardInterrupt:
-            self._stop()
-        finally:
-            for seat in [*self.idle, *self.rising.values(), *(seat for seat, _, _ in self.running.values())]:
-                ray.kill(seat.player)
+        start_ray(replace(self.recorders[numbers[0]].config.engine, workers=self.workers))
+        self.waiting.extend((together, ATTEMPTS) for together in in_step)
+        with CtrlC() as ctrl_c:
+            try:
+                with terminal.Cells({number: self.recorders[number] for number in numbers}) as shown, terminal.notes():
+                    self._play(shown, ctrl_c)
+            except KeyboardInterrupt:
+                ctrl_c.later = True
+                self._stop()
+            finally:
+                for seat in [*self.idle, *self.rising.values(), *(seat for seat, _, _ in self.running.values())]:
+                    ray.kill(seat.player)
         return self.ended
+
+    def _play(self, shown: terminal.Cells, ctrl_c: CtrlC) -> None:
+        import ray
+
+        for _ in range(self.workers):
+            self._seat()
+        while self.waiting or self.running:
+            while self.waiting and self.idle:
+                self._begin(self.idle.pop(), *self.waiting.popleft())
+            if self.grows and self.waiting and not self.rising:  # what a cluster says of its room lags behind
+                for _ in range(min(self.nodes.free(), len(self.waiting))):
+                    self._seat()
+            for task in ray.wait([*self.running, *self.rising], timeout=1.0)[0]:
+                self._rise(task) if task in self.rising else self._end(task)
+            shown.update(self.ended, [number for _, numbers, _ in self.running.values() for number in numbers])
+            ctrl_c.check()
 
     def _seat(self) -> None:
         """Take on a player; it is idle when it is up."""
@@ -259,10 +264,10 @@ class SideBySide:
         """Ctrl-C for every cell that runs, and the time to save what there is; one whose process is not up has nothing."""
         import ray
 
-        terminal.say("stopped by Ctrl-C; the cells that run save what there is")
+        terminal.say(f"{interrupt.reason()}; the cells that run save what there is")
         for seat, _, _ in self.running.values():
             with contextlib.suppress(ray.exceptions.RayError, ProcessLookupError):  # it has died meanwhile
-                seat.stop()
+                seat.stop(interrupt.received)
         deadline = time.monotonic() + GRACE
         for task, (_, numbers, _) in list(self.running.items()):
             with contextlib.suppress(ray.exceptions.RayError):  # died, or took too long

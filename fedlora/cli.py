@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fedlora import check
+from fedlora import check, interrupt
 from fedlora.compose import compose as compose  # for those who make a configuration from a command line
 from fedlora.compose import compose_all, config_folder, expand
 from fedlora.config import Config, declared
@@ -34,7 +34,8 @@ def console() -> int:
 def main(configs: Path, argv: Sequence[str] | None = None) -> int:
     """Run what the command line asks for, with the configuration files in the folder `configs`. Returns the exit status.
 
-    0: done; 1: a run failed; 2: a setting, a file or a model must be put right first; 130: stopped by Ctrl-C.
+    0: done; 1: a run failed; 2: a setting, a file or a model must be put right first; 130: stopped by Ctrl-C,
+    143 by SIGTERM.
     """
     arguments = _parser().parse_intermixed_args(argv)
     try:
@@ -43,8 +44,8 @@ def main(configs: Path, argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        print("stopped by Ctrl-C before a result was written", file=sys.stderr)
-        return 130
+        print(f"{interrupt.reason()} before a result was written", file=sys.stderr)
+        return interrupt.status()
 
 
 def _command(configs: Path, arguments: argparse.Namespace) -> int:
@@ -77,7 +78,7 @@ def _run(cells: list[Config]) -> int:
     done = work.run(cells)
     statuses = {summary["status"] for _, summary in done}
     if "interrupted" in statuses:
-        return 130
+        return interrupt.status()
     if len(cells) > 1:
         _tabulate(done)
     return 1 if "failed" in statuses else 0
@@ -98,7 +99,7 @@ def _deploy(cells: list[Config], checkout: Path) -> int:
             summary = launch.run(cell, folder)
             terminal.conclude(cell, summary)
             if summary["status"] == "interrupted":
-                return 130
+                return interrupt.status()
             done.append((cell, summary))
     if len(done) > 1:
         _tabulate(done)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -84,12 +83,19 @@ def play(
         course = Course(bench, strategy, guard, recorder, checkpoints, shown, state, started, released)
         if last:
             course.go_on(last)
-        with shown, course.ctrl_c, terminal.notes() as notes:
-            outcome = attempt(engine, course.drive)
+        with course.ctrl_c:
+            with shown, terminal.notes() as notes:
+                outcome = engines.attempt(engine, course.drive)
+            said = [*labels.notes(bench.dataset), *notes.values()]
+            outcome |= {"resumed": checkpoints.resumed, "notes": said}
+            try:
+                course.ctrl_c.later = outcome["status"] == "interrupted"
+                return conclude(bench, course.state, recorder, outcome)
+            except KeyboardInterrupt:  # as what had finished was saved, which the same command does again
+                course.ctrl_c.later = True
+                return conclude(bench, course.state, recorder, outcome | engines.interrupted())
     finally:
         engine.close()
-    said = [*labels.notes(bench.dataset), *notes.values()]
-    return conclude(bench, course.state, recorder, outcome | {"resumed": checkpoints.resumed, "notes": said})
 
 
 def foretell(config: Config, strategy: LoRAStrategy | None = None, show: bool = True) -> tuple[plan.Estimate, str]:
@@ -178,13 +184,14 @@ class Course:
         if due and not strategy.personal and len(self.bench.dataset.test):
             measured = measure(self.bench, arrays)
         row |= measured | {"seconds": time.perf_counter() - self.started}
-        self.recorder.round(row)
-        self.state = state
-        if self.clients is not None and self.checkpoints.due(round, config.rounds):
-            memory, lines = self.guard.memory() if self.guard else {}, self.recorder.history()
-            settled = Checkpoint(round, asdict(config), state, self.clients, memory, lines, cohorts=self.cohorts)
-            self.checkpoints.save(settled)
-        self.shown.finished(row)
+        with self.ctrl_c.held():
+            self.recorder.round(row)
+            self.state = state
+            if self.clients is not None and self.checkpoints.due(round, config.rounds):
+                memory, lines = self.guard.memory() if self.guard else {}, self.recorder.history()
+                settled = Checkpoint(round, asdict(config), state, self.clients, memory, lines, cohorts=self.cohorts)
+                self.checkpoints.save(settled)
+            self.shown.finished(row)
         self.ctrl_c.check()
         return MetricRecord(dict(measured)) if measured else None
 
@@ -269,19 +276,11 @@ def measure(bench: Workbench, arrays: ArrayRecord) -> dict[str, float]:
     return measured | {"seconds_evaluate": time.perf_counter() - began}
 
 
-def attempt(engine: engines.Engine, rounds: Callable[[Grid], object]) -> dict[str, str]:
-    """Run the rounds on the engine's grid and say how that ended: finished, interrupted or failed, with the reason."""
-    try:
-        engine.run(rounds)
-    except KeyboardInterrupt:
-        return {"status": "interrupted", "reason": "stopped by Ctrl-C"}
-    except RunError as error:
-        return {"status": "failed", "reason": str(error)}
-    return {"status": "finished"}
-
-
 def conclude(bench: Workbench, state: ServerState, recorder: Recorder, outcome: dict[str, Any]) -> dict[str, Any]:
-    """Save the merged adapter and the plot, write the summary last, and return it; raises RunError for a failed run."""
+    """Save the merged adapter and the plot, write the summary last, and return it; raises RunError for a failed run.
+
+    A run that was interrupted has no plot.
+    """
     bench.model.write(state.adapters, bench.model.initial_head | state.dense, state.base_correction)  # no client's own head
     rows = report.read_rounds(recorder.folder)
     summary = report.summarise(bench.config, rows) | {"classes": list(labels.counts(bench.dataset).items())} | outcome
@@ -289,7 +288,7 @@ def conclude(bench: Workbench, state: ServerState, recorder: Recorder, outcome: 
         recorder.save(ADAPTER, bench.model.save)
         if bench.config.save_merged:
             recorder.save(MERGED, bench.model.save_merged)
-        if report.tested(rows):
+        if report.tested(rows) and outcome["status"] != "interrupted":  # which is to end soon; a plot takes seconds
             recorder.save(CURVES, lambda path: report.draw_curves(path, rows, summary))
         recorder.close(summary)
     except RunError as error:  # a full disk, most likely: the first reason is the one to tell

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from fedlora.engines.cluster import Driver
 
 Summary = dict[str, Any]
+# Ray's processes block SIGINT, and a terminal would send it to the whole group besides; SIGTERM ends them without a word.
+STOPS: dict[int, int] = {signal.SIGINT: signal.SIGUSR1, signal.SIGTERM: signal.SIGUSR2}  # what the driver sends instead
 INTERRUPTED: Summary = {"status": "interrupted"}  # before anything was written
 
 
@@ -43,8 +45,8 @@ class Player:
 
         sys.argv = command  # env.json tells the command of the sweep
         self.playing = self.stopped = False
-        # Ray's processes block SIGINT, and a terminal would send it to the whole group besides: the driver sends this one.
-        signal.signal(signal.SIGUSR1, self._ctrl_c)
+        for number in STOPS.values():
+            signal.signal(number, self._ctrl_c)
 
     def place(self) -> tuple[str, int]:
         """The node and the process, for the driver to signal."""
@@ -73,7 +75,7 @@ class Player:
         self.stopped = True
         handler = signal.getsignal(signal.SIGINT)
         if self.playing and callable(handler):
-            handler(signal.SIGINT, frame)
+            handler(next(stop for stop, sent in STOPS.items() if sent == number), frame)
 
 
 @dataclass
@@ -83,14 +85,15 @@ class Seat:
     player: Any
     place: Any
 
-    def stop(self) -> None:
-        """Ctrl-C for its cell; on another node a process there has to send it."""
+    def stop(self, number: int | None) -> None:
+        """Ctrl-C, or the other signal that came, for its cell; on another node a process there has to send it."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+        sent = STOPS.get(number or signal.SIGINT, signal.SIGUSR2)
         node, pid = ray.get(self.place)
         if node == ray.get_runtime_context().get_node_id():
-            os.kill(pid, signal.SIGUSR1)
+            os.kill(pid, sent)
         else:
             there = NodeAffinitySchedulingStrategy(node, soft=False)
-            ray.remote(num_cpus=0, max_retries=0)(os.kill).options(scheduling_strategy=there).remote(pid, signal.SIGUSR1)
+            ray.remote(num_cpus=0, max_retries=0)(os.kill).options(scheduling_strategy=there).remote(pid, sent)

@@ -208,6 +208,9 @@ class Recorder:
             write(temporary)
             disk.remove(final)
             temporary.replace(final)
+        except KeyboardInterrupt:
+            disk.remove(temporary)
+            raise
         except (OSError, SafetensorError) as error:
             disk.remove(temporary)
             raise self._full(name, error) from error

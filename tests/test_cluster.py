@@ -157,7 +157,7 @@ def test_an_address_that_nobody_answers_ends_with_one_sentence(capsys, tmp_path,
         if deaf:
             listener.listen()
         assert cli.main(ROOT / "configs", [f"engine.address={address}", f"results={tmp_path}"]) == 2
-    cure = "start a cluster (ray start --head --port=6379), or correct the address"
+    cure = "start a cluster (ray start --head --port=6379 --disable-usage-stats), or correct the address"
     assert capsys.readouterr().err == f"error: engine.address={address}: no Ray cluster answers there; {cure}\n"
 
 
@@ -172,3 +172,22 @@ def test_an_engine_that_cannot_use_a_cluster_refuses_one(small) -> None:
         check.ConfigError, match=r"engine.address=auto needs engine=ray, and engine=inline runs on this machine"
     ):
         small(engine__name="inline", engine__address="auto")
+
+
+def test_auto_is_what_the_user_started_and_never_the_private_ray_of_another_run(monkeypatch, tmp_path) -> None:
+    """One that ray.init starts is a process of this machine, and no cluster that anybody was asked to join."""
+    from ray._private import services
+
+    pool.shutdown()
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(services, "find_gcs_addresses", lambda: {"127.0.0.1:1"})  # a private Ray, as Ray itself looks for one
+    monkeypatch.setattr(services, "find_bootstrap_address", lambda folder: None)  # nobody has called `ray start`
+    with pytest.raises(check.ConfigError, match=r"^engine.address=auto: no cluster was started on this machine by ray start; "):
+        cluster.join("auto", "clients.app:app")
+    monkeypatch.setattr(services, "find_bootstrap_address", lambda folder: "127.0.0.1:2")
+    monkeypatch.setattr(cluster, "_answers", lambda place: False)
+    with pytest.raises(check.ConfigError, match=r"^engine.address=auto: no Ray cluster answers at 127.0.0.1:2; "):
+        cluster.join("auto", "clients.app:app")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:3")
+    with pytest.raises(check.ConfigError, match=r"no Ray cluster answers at 127.0.0.1:3; "):
+        cluster.join("auto", "clients.app:app")

@@ -11,6 +11,7 @@ from flwr.app import ConfigRecord
 
 import strategies
 from fedlora import engines, experiment, messages, workbench
+from fedlora.check import RunError
 from fedlora.engines import pool
 from tests import apps
 
@@ -185,3 +186,15 @@ def _start(config, grid, rounds, timeout=3600.0):
 def test_apps_are_found_by_workers() -> None:
     assert Path(os.getcwd(), "tests", "apps.py").exists()
     assert engines.load_app("tests.apps:nan") is not engines.load_app("tests.apps:raises")
+
+
+def test_a_ray_that_does_not_start_is_one_sentence(monkeypatch) -> None:
+    import ray
+
+    def busy(*_, **__):
+        raise Exception("The node timed out.\nMore.")
+
+    monkeypatch.setattr(ray, "init", busy)
+    told = r"^Ray did not start on this machine \(The node timed out\); try again, or choose engine=inline$"
+    with pytest.raises(RunError, match=told):
+        pool.start_own(2)

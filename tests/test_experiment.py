@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -189,3 +190,15 @@ def test_a_ctrl_c_that_a_callback_swallows_still_stops_the_run(small, monkeypatc
     summary = experiment.run(config, 0.0)
     assert (summary["status"], summary["rounds"]) == ("interrupted", 0) and len(rows_of(config)) == 1
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_as_a_finished_run_is_saved_leaves_what_there_is_and_the_same_command_goes_on(small, monkeypatch) -> None:
+    config, folder = small(name="mine"), Path(small().results) / "mine"
+    with monkeypatch.context() as patched:
+        patched.setattr(report, "draw_curves", lambda *_: signal.raise_signal(signal.SIGINT))
+        summary = experiment.run(config, 0.0)
+    assert (summary["status"], summary["rounds"]) == ("interrupted", 2) and not (folder / "curves.png").exists()
+    assert sorted(path.name for path in folder.glob(".*")) == [".lock"]
+    there = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert experiment.run(config, 0.0)["status"] == "finished" and (folder / "curves.png").exists()
+    assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == there

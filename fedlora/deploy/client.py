@@ -16,11 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedlora import check, models
+from fedlora import check, command, models
 from fedlora.check import ConfigError, RunError
 from fedlora.config import Config, DatasetConfig
 from fedlora.deploy.account import Account
 from fedlora.deploy.limits import GIGABYTE, Limits
+from fedlora.interrupt import CtrlC
 
 if TYPE_CHECKING:
     from fedlora.deploy.sums import SecureSums
@@ -89,7 +90,7 @@ def _take_part(arguments: argparse.Namespace, account: Account, data: DatasetCon
         arguments.superlink, arguments.root_certificates, arguments.key, arguments.insecure, arguments.wait, arguments.port
     )
     print(f"connecting to {arguments.superlink}" + ("" if secure else ", in clear text"), flush=True)
-    with Node(connection, arguments.state) as node:
+    with CtrlC(), Node(connection, arguments.state) as node:
         status = node.serve(Device(own, account, sums=sums))
     if status:
         raise RunError(f"the connection to {arguments.superlink} ended (SuperNode status {status}); its reason stands above")
@@ -196,4 +197,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main, stopped=0))

@@ -16,7 +16,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedlora import messages, report, terminal, untrusted
+from fedlora import interrupt, messages, report, terminal, untrusted
 from fedlora.check import RunError
 from fedlora.config import Config
 from fedlora.deploy.courier import LONGEST_LINE, LONGEST_TEXT, MOST_BYTES, Receiver
@@ -57,7 +57,7 @@ def summary_of(recorder: Recorder, project: Path) -> dict[str, Any]:
             ended = bring(recorder, number)
     except KeyboardInterrupt:
         (recorder.folder / RUN).unlink(missing_ok=True)
-        outcome = {"status": "interrupted", "reason": "stopped by Ctrl-C"}
+        outcome = {"status": "interrupted", "reason": interrupt.reason()}
         recorder.close(report.summarise(config, report.read_rounds(recorder.folder)) | outcome)
         return recorder.summary()
     summary = recorder.summary()
@@ -157,13 +157,14 @@ def _summary(content: bytes) -> dict[str, Any]:
 @contextmanager
 def stopping(config: Config, number: str) -> Iterator[None]:
     """Ctrl-C within stops the run on the SuperLink too."""
-    try:
-        with CtrlC() as ctrl_c:  # which acts where a shell started the command in the background, too
+    with CtrlC() as ctrl_c:  # which acts where a shell started the command in the background, too
+        try:
             yield
             ctrl_c.check()
-    except KeyboardInterrupt:
-        flwr("stop", number, str(config.deploy))
-        raise
+        except KeyboardInterrupt:
+            ctrl_c.later = True
+            flwr("stop", number, str(config.deploy))
+            raise
 
 
 def follow(config: Config, number: str, receiver: Receiver) -> str:

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 from flwr.serverapp import Grid
 
-from fedlora.check import ConfigError
+from fedlora import interrupt
+from fedlora.check import ConfigError, RunError
 from fedlora.config import Config
 
 CLIENT_APP = "clients.app:app"
@@ -37,6 +38,22 @@ def make(config: Config, app: str = CLIENT_APP, on_reply: OnReply = lambda count
     """The engine that `config.engine` names, for `config.clients` nodes that run the ClientApp at `app` (module:name)."""
     engine: Engine = importlib.import_module(f"fedlora.engines.{config.engine.name}").make(config, app, on_reply)
     return engine
+
+
+def interrupted() -> dict[str, Any]:
+    """How a run has ended that was stopped."""
+    return {"status": "interrupted", "reason": interrupt.reason()}
+
+
+def attempt(engine: Engine, rounds: Callable[[Grid], object]) -> dict[str, Any]:
+    """Run the rounds on the engine's grid and say how that ended: finished, interrupted or failed, with the reason."""
+    try:
+        engine.run(rounds)
+    except KeyboardInterrupt:
+        return interrupted()
+    except RunError as error:
+        return {"status": "failed", "reason": str(error)}
+    return {"status": "finished"}
 
 
 def cohort(config: Config) -> int | None:

@@ -43,14 +43,15 @@ def join(address: str, app: str) -> None:
     """
     global joined
     import ray
-    from ray._private.services import canonicalize_bootstrap_address
 
     where = f"engine.address={address}"
-    cure = "start a cluster (ray start --head --port=6379), or correct the address"
+    cure = "start a cluster (ray start --head --port=6379 --disable-usage-stats), or correct the address"
     try:
-        place = canonicalize_bootstrap_address(address)
-        if place is None or not _answers(place):  # ray.init would wait for long, or for ever
-            raise ConfigError(f"{where}: no Ray cluster answers there; {cure}")
+        place = _place(address)
+        if place is None:
+            raise ConfigError(f"{where}: no cluster was started on this machine by ray start; {cure}")
+        if not _answers(place):  # ray.init would wait for long, or for ever
+            raise ConfigError(f"{where}: no Ray cluster answers {f'at {place}' if address == 'auto' else 'there'}; {cure}")
         modules = [_source(name) for name in dict.fromkeys((*PACKAGES, app.partition(".")[0]))]
         code = {"py_modules": modules, "excludes": ["__pycache__"]}
         ray.init(place, runtime_env=code, log_to_driver=False, logging_level="ERROR")
@@ -60,6 +61,18 @@ def join(address: str, app: str) -> None:
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ConfigError(f"{where} cannot be joined from this machine ({first.rstrip('.')}); {cure}") from error
     joined = address
+
+
+def _place(address: str) -> str | None:
+    """host:port of the cluster; of "auto" that of RAY_ADDRESS, or else of the last `ray start` here; None without either.
+
+    Ray itself would look for any Ray among the processes of this machine too, and find the private one of another run.
+    """
+    from ray._private.services import canonicalize_bootstrap_address, find_bootstrap_address
+
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS") or find_bootstrap_address(None) or ""
+    return canonicalize_bootstrap_address(address) if address else None
 
 
 def _answers(place: str) -> bool:

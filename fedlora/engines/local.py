@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedlora import interrupt
 from fedlora.engines import load_app
 
 CLIENT_RAISED = 2  # Flower's error code for an exception in the ClientApp
@@ -86,6 +87,7 @@ class LocalGrid(Grid):
         asking = bool(batch) and batch[0].metadata.message_type == MessageType.QUERY
         replies = self.play(batch, one_by_one=True) if asking else self.execute(batch, timeout)
         for count, reply in enumerate(replies, 1):
+            interrupt.check()
             self.on_reply(count)
             yield reply
 

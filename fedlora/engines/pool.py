@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from flwr.app import Message, RecordDict
 
+from fedlora import interrupt
 from fedlora.check import ConfigError, RunError
 from fedlora.config import Config, EngineConfig
 from fedlora.engines import CLIENT_APP, cluster, load_app, resources
@@ -224,10 +225,26 @@ def start_ray(engine: EngineConfig, app: str = CLIENT_APP) -> None:
             return
         shutdown()
     if engine.address is not None:
-        cluster.join(engine.address, app)
+        with interrupt.kept():
+            cluster.join(engine.address, app)
+        atexit.register(ray.shutdown)
     else:
-        cores = max(workers, os.cpu_count() or 1)
-        # Ray's agents outlive a process that is killed for as long as they hope for their server: 60 s by default.
-        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
-        ray.init("local", num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        start_own(max(workers, os.cpu_count() or 1))
+
+
+def start_own(cores: int) -> None:
+    """A Ray of this process's own. Its processes end with the thread that calls this: they ask the kernel for it.
+
+    Raises RunError where it does not start.
+    """
+    import ray
+
+    # Ray's agents outlive a process that is killed for as long as they hope for their server: 60 s by default.
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "10")
+    try:
+        with interrupt.kept():
+            ray.init("local", num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    except Exception as error:  # as of a machine that is too busy; Ray has no kind of its own for it
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise RunError(f"Ray did not start on this machine ({reason}); try again, or choose engine=inline") from error
     atexit.register(ray.shutdown)

@@ -21,6 +21,7 @@ from typing import Any
 from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 
+from fedlora import interrupt
 from fedlora.config import Config
 from fedlora.engines import CLIENT_APP, OnReply, cohort
 from fedlora.engines.local import WORKER_LOST, LocalGrid, adds, carrying
@@ -178,8 +179,12 @@ class RayEngine:
         drive(self.grid)
 
     def close(self) -> None:
-        """The pool stays for the next experiment of this process and ends with it; a Ray that is starting has started then."""
-        self.starting.exception()  # a quick run may be over before; another engine must not start a second one beside it
+        """The pool stays for the next experiment of this process and ends with it; a Ray that is starting has started then.
+
+        Not where the process is about to end, by a signal: that ends Ray too, however far it is.
+        """
+        if not interrupt.leaving():
+            self.starting.exception()  # a quick run may be over before; another engine must not start a second one beside it
 
 
 def make(config: Config, app: str, on_reply: OnReply) -> RayEngine:
