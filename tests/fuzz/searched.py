@@ -13,14 +13,14 @@ from hypothesis.strategies import SearchStrategy
 EACH = 50  # examples of a case
 
 
-def searched(examples: SearchStrategy, tried: Callable[[object], str]) -> Callable[[int], Counter[str]]:
+def searched(examples: SearchStrategy, tried: Callable[[object], str], each: int = EACH) -> Callable[[int], Counter[str]]:
     """The function from a seed to what came of its examples; an example that `tried` fails on is raised as small as it gets."""
 
     def case(number: int) -> Counter[str]:
         came: Counter[str] = Counter()
 
         @seed(number)
-        @settings(max_examples=EACH, database=None, deadline=None, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=each, database=None, deadline=None, suppress_health_check=list(HealthCheck))
         @given(examples)
         def run(example: object) -> None:
             came[tried(example)] += 1
