@@ -16,7 +16,8 @@ from unittest.mock import patch
 import huggingface_hub.constants
 
 from fedlora import cli
-from fedlora.config import settings
+from fedlora.config import Config
+from fedlora.identity import flat
 from tests.fuzz.patience import anew, patience
 
 ROOT = Path(__file__).parent.parent.parent
@@ -81,8 +82,9 @@ def tried(arguments: Sequence[str], place: Path) -> str:
 
 def names_what_is_wrong(sentence: str, arguments: Sequence[str]) -> bool:
     """Whether the sentence has the name of a setting in it, or what was typed for one."""
-    names = {name for name, *_ in settings()} | {text.partition("=")[0].strip("+~ ") for text in arguments}
-    return any(word in sentence for word in names | {*arguments} if word)
+    names = flat(Config()).keys() | {text.partition("=")[0].strip("+~ ") for text in arguments}
+    quoted = {ascii(text)[1:-1] for text in arguments}  # what no terminal shows as it is
+    return any(word in sentence for word in names | quoted | {*arguments} if word)
 
 
 def listing(place: Path) -> set[str]:

@@ -146,7 +146,7 @@ def _joined(parts: tuple[list[str], ...]) -> list[str]:
 SWEEP = st.sampled_from([[], [], ["-m"]])
 PLANS = st.tuples(SWEEP, st.just(["plan=true"]), st.lists(usual(), max_size=5), st.lists(strange(), max_size=1)).map(_joined)
 TOLD = st.tuples(st.sampled_from([["--list"], ["--help"]]), st.lists(st.one_of(usual(), strange()), max_size=2)).map(_joined)
-SMALL = ["engine=inline", "engine.cohort=1", "clients=3", "rounds=1", "train.steps=1", "device=cpu"]
+SMALL = ["engine=inline", "engine.cohort=1", "clients=3", "rounds=1", "train.steps=1", "device=cpu", "fraction=null"]
 RUNS = st.tuples(SWEEP, st.just(SMALL), st.lists(usual(3, ("engine", "deploy", "plan", "threads")), max_size=4)).map(_joined)
 COMMANDS = st.one_of(*[PLANS] * 8, TOLD, RUNS)
 
