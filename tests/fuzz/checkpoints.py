@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.fuzz import damage
-from tests.fuzz.commands import standing_in, tried
+from tests.fuzz.commands import standing_in, tried, warm
 
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "film", "is", "a", "good", "bad", "long", "x")
 SIZES: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -73,6 +73,7 @@ def part(folder: Path) -> Iterator[Callable[[int], Counter[str]]]:
         (whole / name).mkdir(parents=True)
         make(whole / name)
     with standing_in(folder / "work") as here:
+        warm()
         (here / "t.csv").write_text("text,label\n" + "a good film,yes\na bad film,no\n" * 8)
 
         def case(seed: int) -> Counter[str]:

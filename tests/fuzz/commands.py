@@ -42,6 +42,12 @@ class Watched(io.StringIO):
         return super().write(text)
 
 
+def warm() -> None:
+    """Let this process load and measure what it does once, which takes long where the machine is busy."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        cli.main(ROOT / "configs", ["plan=true"])
+
+
 def run(arguments: Sequence[str]) -> Outcome:
     """What comes of the command. Raises whatever it raises, and an AssertionError where it says nothing for too long."""
     out, err = Watched(), Watched()

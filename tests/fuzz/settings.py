@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import strategies
 from fedlora.config import GROUPS, Config
-from tests.fuzz.commands import ROOT, clear, run, standing_in, tried
+from tests.fuzz.commands import ROOT, clear, standing_in, tried, warm
 from tests.fuzz.searched import searched
 
 TEXTS = (
@@ -157,6 +157,7 @@ def place(folder: Path) -> Iterator[Callable[[list[str]], str]]:
     with standing_in(folder) as here:
         for name in ("good.csv", "reviews (1).csv", "film[1].csv"):
             (here / name).write_text("text,label\n" + "a good film,yes\na bad film,no\n" * 12)
+        warm()
         (here / "a_file").touch()
         (here / "folder").mkdir()
         keep = {path.name for path in here.iterdir()}
@@ -175,5 +176,4 @@ def place(folder: Path) -> Iterator[Callable[[list[str]], str]]:
 def part(folder: Path) -> Iterator[Callable[[int], Counter[str]]]:
     """The function from a seed to what came of its commands."""
     with place(folder) as command:
-        run(["plan=true"])  # what a process loads and measures once is no hang
         yield searched(COMMANDS, command)
