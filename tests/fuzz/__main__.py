@@ -7,7 +7,9 @@ A case is a few mutations that follow from one seed. A fault is printed with the
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import logging
+import resource
 import sys
 import tempfile
 import time
@@ -18,9 +20,17 @@ from pathlib import Path
 
 from flwr.supercore.task_identity import TaskIdentity
 
-from tests.fuzz import files, messages, replies
+from tests.fuzz import checkpoints, files, messages, replies, settings, tables
 
-PARTS = {"messages": messages.part, "replies": replies.part, "files": files.part}
+PARTS = {
+    "messages": messages.part,
+    "replies": replies.part,
+    "files": files.part,
+    "settings": settings.part,
+    "tables": tables.part,
+    "models": checkpoints.part,
+}
+MEMORY = 2**35  # bytes of addresses: a command that asks for more is a fault, and does not end the machine
 EVERY = 5.0  # seconds from one line of progress to the next
 
 
@@ -31,6 +41,8 @@ def main() -> int:
     parser.add_argument("--mutations", type=int, default=100_000, help="in all, the same number in each part")
     parser.add_argument("--seed", type=int, default=0, help="of the first case; those after it count on")
     arguments = parser.parse_args()
+    faulthandler.enable()
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1  # else no Message can be made
@@ -56,7 +68,7 @@ def fuzz(name: str, mutations: int, seed: int) -> tuple[str, int]:
             seed += 1
             if time.monotonic() - said > EVERY:
                 said = time.monotonic()
-                line = f"{name}: {came.total():,} mutations in {said - began:.0f} s, {faults} faults"
+                line = f"{name}: {came.total():,} mutations in {said - began:.0f} s, {faults} faults, before seed {seed}"
                 print(line, file=sys.stderr, flush=True)
     kinds = ", ".join(f"{times:,} {kind}" for kind, times in came.most_common())
     return f"{name}: {came.total():,} mutations, {time.monotonic() - began:.0f} s: {kinds}", faults
