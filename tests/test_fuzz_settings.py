@@ -10,11 +10,11 @@ from collections import Counter
 from unittest.mock import patch
 
 import pytest
-from fedlora.reads import unread
 
 import clients.cost
 from fedlora import cli, workbench
 from fedlora.config import GROUPS, Config, declared
+from fedlora.reads import unread
 from tests.conftest import ROOT
 from tests.fuzz import checkpoints, commands, tables
 from tests.fuzz import settings as fuzz
