@@ -251,3 +251,14 @@ def test_the_digits_model_is_saved_so_that_model_hf_loads_the_same(tmp_path) -> 
     for folder in ("adapter", "merged"):
         again = adapted(tmp_path / folder, digits)
         torch.testing.assert_close(logits(again, digits), logits(model, digits), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [torch.nn.LayerNorm, torch.nn.Linear])
+def test_a_layernorm_without_bias_is_refused_under_privacy_with_the_cure(kind) -> None:
+    """ModernBERT's head has one. Opacus takes a linear layer without bias."""
+    from fedlora.privacy.refusals import unsupported
+
+    module = kind(4, bias=False) if kind is torch.nn.LayerNorm else kind(4, 4, bias=False)
+    said = unsupported(module)
+    assert ("LayerNorm without bias" in said and "adapter.train_head=false" in said) == (kind is torch.nn.LayerNorm)
+    assert unsupported(torch.nn.LayerNorm(4)) == ""
