@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -334,6 +336,59 @@ def test_an_error_in_the_test_file_names_the_test_file(tmp_path: Path) -> None:
     assert f"dataset.label=label is 'mixed' in row 2 of dataset.test={test}, a class without training" in unseen
     empty = write(tmp_path, "d.csv", "text,label\n")
     assert "dataset=files has no test examples" in error_of(files(path, test=str(empty)))
+
+
+@pytest.mark.parametrize("setting", ["path", "test"])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("nowhere.csv", "does not exist (looked for /"),
+        ("a.txt", "ends in '.txt', which is not known; use one of: .csv"),
+        ("a.csv.gz", "ends in '.gz', which is not unpacked here; unpack it"),
+        ("folder", "is a folder; name one file in it"),
+        ("pipe.csv", "is no regular file but a pipe or a device"),
+        ("loop.csv", "cannot be read ("),
+        ("a.csv/b.csv", "cannot be read (Not a directory)"),
+        ("n" * 300 + ".csv", "cannot be read (File name too long)"),
+        ("a\0.csv", "is not a path (embedded null byte)"),
+        ("\ud800.csv", "is not a path ("),
+        (" ", "names no file"),
+        ("~nobody-of-that-name/a.csv", "is not a path ("),
+    ],
+)
+def test_files_are_checked_before_any_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, name: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for there in ("a.csv", "a.txt", "a.csv.gz"):
+        write(tmp_path, there, GOOD)
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe.csv")
+    (tmp_path / "loop.csv").symlink_to("loop.csv")
+    config = replace(files(Path("a.csv"), test="a.csv"), **{setting: name})
+    with pytest.raises(ConfigError) as early:
+        data.check_files(config)
+    assert str(early.value).startswith(f"dataset.{setting}=") and said in str(early.value)
+    assert error_of(config) == str(early.value)
+
+
+def test_to_check_files_reads_none_and_loads_no_library(tmp_path: Path) -> None:
+    path = write(tmp_path, "a b (1) [x=y] 'ü'.parquet", b"no Parquet")
+    program = (
+        "import sys; from fedlora import data; from fedlora.config import DatasetConfig; "
+        "data.check_files(DatasetConfig()); data.check_files(DatasetConfig('files', path=sys.argv[1])); "
+        "data.check_files(DatasetConfig('hub', path='owner/name')); "
+        "print([m for m in ('pandas', 'sklearn', 'torch', 'datasets', 'pyarrow', 'PIL', 'ray') if m in sys.modules])"
+    )
+    root = Path(data.__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", program, str(path)], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_local_folder_for_the_hub_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"dataset.path=/nowhere/x is not a folder; correct the path, or give"):
+        data.check_files(DatasetConfig("hub", path="/nowhere/x", text="text"))
+    data.check_files(DatasetConfig("hub", path=str(tmp_path), text="text"))
 
 
 # ---------------------------------------------------------------- images

@@ -67,6 +67,23 @@ def names() -> list[str]:
     return sorted(name for name in modules if not name.startswith("_") and name not in HELPERS)
 
 
+def check_files(config: DatasetConfig) -> None:
+    """Whether the files that the settings name are there, at once: nothing of them is read and no library is loaded.
+
+    Raises ConfigError where a file of `dataset.path` or `dataset.test` is missing, unreadable, a folder or a pipe, or has an
+    ending that is not read; for `hub`, where `dataset.path` is written as a local folder and there is none.
+    """
+    from fedlora.data import _file
+
+    named = {"dataset.path": config.path, "dataset.test": config.test}
+    if config.name == "files":
+        for setting, name in named.items():
+            if name:  # a server of real devices has no training file
+                _file.locate(setting, name)
+    if config.name == "hub" and config.path is not None:
+        _file.locate_folder("dataset.path", config.path)
+
+
 def ordered(words: Iterable[str]) -> list[str]:
     """The distinct words, sorted; by value where all are integers, so that class "10" comes after class "9"."""
     distinct = sorted(set(words))

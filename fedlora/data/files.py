@@ -14,11 +14,10 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedlora.check import ConfigError
-from fedlora.data import Dataset, _table
+from fedlora.data import Dataset, _file, _table
 from fedlora.data._table import Table
 
 if TYPE_CHECKING:
@@ -36,21 +35,9 @@ def load(config: DatasetConfig, seed: int) -> Dataset:
 
 
 def _read(setting: str, name: str, config: DatasetConfig) -> Table:
-    source, path = f"{setting}={name}", Path(name).expanduser()
-    ending = path.suffix.lower()
-    if path.is_dir():
-        raise ConfigError(f"{source} is a folder; name one file in it")
-    if ending not in READERS:
-        raise ConfigError(f"{source} ends in '{ending}', which is not known; use one of: {', '.join(READERS)}")
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError as error:
-        raise ConfigError(f"{source} does not exist (looked for {path.absolute()}); correct the path") from error
-    except OSError as error:
-        raise ConfigError(f"{source} cannot be read ({error.strerror}); put its permissions or path right") from error
-    if not content.strip():
-        raise ConfigError(f"{source} is empty; name a file that holds examples")
-    names, column = READERS[ending](source, content, config)
+    path, content = _file.read(setting, name)
+    source = f"{setting}={name}"
+    names, column = READERS[path.suffix.lower()](source, content, config)
     return Table(source, names, column, path.parent)
 
 
