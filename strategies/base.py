@@ -43,7 +43,7 @@ class LoRAStrategy(Inbox):
     `seed` draws the cohorts, out of so many `clients` whether they are online or not (none: out of those online),
     `min_success` is the share of a cohort that must return a usable update (a round below it raises RunError), `patience`
     the seconds to wait for `min_available_nodes` to come online, `evaluate_every` the rounds from one evaluation on the
-    clients to the next. With `poisson` every node is drawn by itself, with the probability `fraction_train` gives it, so
+    clients to the next, and `rounds` the last one, after which there is one too. With `poisson` every node is drawn by itself, with the probability `fraction_train` gives it, so
     that cohorts vary in size. `ranks` are those of clients 0, 1, …, none above the state's.
     `round_timeout` is how many seconds further messages of a round are waited for (the first ones: Flower's `timeout`).
     With `derive` the clients are fedlora's own, which know how everything began: only what they cannot derive is sent down,
@@ -62,6 +62,7 @@ class LoRAStrategy(Inbox):
         min_success: float = 0.5,
         patience: float = 600.0,
         evaluate_every: int = 1,
+        rounds: int | None = None,
         poisson: bool = False,
         ranks: Sequence[int] | None = None,
         derive: bool = False,
@@ -75,7 +76,8 @@ class LoRAStrategy(Inbox):
         super().__init__(**flower)
         self.fraction_evaluate = evaluated  # set here, since Flower logs a warning for 0, our default
         self.init = check.one_of(("kaiming", "orthonormal", "pissa"), **{"strategy.init": init})
-        self.scale, self.seed, self.evaluate_every, self.poisson = scale, seed, evaluate_every, poisson
+        self.scale, self.seed, self.poisson = scale, seed, poisson
+        self.evaluate_every, self.rounds = evaluate_every, rounds
         self.clients = clients
         self.min_success = check.fraction(min_success=min_success)
         self.ranks, self.derive, self.encodes, self.round_timeout = ranks, derive, encodes, round_timeout
@@ -210,10 +212,14 @@ class LoRAStrategy(Inbox):
             )
         return state
 
+    def evaluates(self, round: int) -> bool:
+        """Whether clients test the model that this round leaves: every so many rounds, and after the last."""
+        return self.fraction_evaluate > 0 and (round % self.evaluate_every == 0 or round == self.rounds)
+
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """Messages that ask every client to test the merged model on what it holds back, if fraction_evaluate is set."""
         server_round += self._done
-        if self.fraction_evaluate == 0.0 or server_round % self.evaluate_every:
+        if not self.evaluates(server_round):
             return []
         nodes = self.roll.nodes(grid, self.min_available_nodes)
         self._tested = self._messages(arrays, config, server_round, [nodes[c] for c in sorted(nodes)], MessageType.EVALUATE)
