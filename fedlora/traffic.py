@@ -55,12 +55,11 @@ def of_run(config: Config, strategy: LoRAStrategy, state: ServerState) -> Traffi
     begins = sum(times[client] * downs[rank] for client, rank in enumerate(ranks))
     everyone = sum(tested[rank] for rank in ranks)
     size, corrections = config.cohort_size, list(_corrections(config, strategy, state))
-    tests = sum(everyone + config.clients * after for round, (_, after) in enumerate(corrections, 1) if strategy.evaluates(round))
+    after = [after for round, (_, after) in enumerate(corrections, 1) if strategy.evaluates(round)]
+    tests = len(after) * everyone + config.clients * sum(after)
     trained = begins + size * sum(before for before, _ in corrections)
     each = begins / max(1.0, sum(times.values()))
-    return Traffic(
-        round(up), round(trained + tests), round(sum(times.values())), each, each + corrections[-1][0], round(tests)
-    )
+    return Traffic(round(up), round(trained + tests), round(sum(times.values())), each, each + corrections[-1][0], round(tests))
 
 
 def participations(config: Config) -> Mapping[int, float]:
@@ -121,4 +120,5 @@ def _merged_ranks(config: Config, strategy: LoRAStrategy, own: int, round: int) 
         return [own]
     if strategy.ranks is None:
         return [own] * config.cohort_size
-    return [strategy.ranks[client] for client in draw_cohort(config.seed, round, list(range(config.clients)), config.cohort_size)]
+    cohort = draw_cohort(config.seed, round, list(range(config.clients)), config.cohort_size)
+    return [strategy.ranks[client] for client in cohort]

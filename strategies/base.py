@@ -43,8 +43,9 @@ class LoRAStrategy(Inbox):
     `seed` draws the cohorts, out of so many `clients` whether they are online or not (none: out of those online),
     `min_success` is the share of a cohort that must return a usable update (a round below it raises RunError), `patience`
     the seconds to wait for `min_available_nodes` to come online, `evaluate_every` the rounds from one evaluation on the
-    clients to the next, and `rounds` the last one, after which there is one too. With `poisson` every node is drawn by itself, with the probability `fraction_train` gives it, so
-    that cohorts vary in size. `ranks` are those of clients 0, 1, …, none above the state's.
+    clients to the next, and `rounds` the last round, after which there is one too. With `poisson` every node is drawn by
+    itself, with the probability `fraction_train` gives it, so that cohorts vary in size. `ranks` are those of clients 0, 1,
+    …, none above the state's.
     `round_timeout` is how many seconds further messages of a round are waited for (the first ones: Flower's `timeout`).
     With `derive` the clients are fedlora's own, which know how everything began: only what they cannot derive is sent down,
     `encodes` says how it is encoded, what they send, and for top_k the share of it.

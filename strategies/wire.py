@@ -104,7 +104,7 @@ class Wire(FlowerFedAvg):
         return {}, {}
 
     def moves(self, ranks: Sequence[int]) -> int | None:
-        """The rank that a merge of updates of these ranks adds to the base correction, until it is full; None: there is none."""
+        """The rank that merging updates of these ranks adds to the base correction, until it is full; None: there is none."""
         return None
 
     def _derivable(self, before: ServerState, state: ServerState) -> ServerState:
