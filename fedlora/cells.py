@@ -46,9 +46,7 @@ def run(cells: Sequence[Config], study: Study | None = None) -> list[Cell]:
     if study:
         study.write()
     if len(cells) == 1:
-        from fedlora import experiment
-
-        return [(cells[0], _conclude(recorders[0], experiment.run(cells[0], fedlora.STARTED)))]
+        return [(cells[0], _conclude(recorders[0], _played(recorders[0])))]
     together, workers, gpus = side_by_side(recorders)
     ended = SideBySide(recorders, workers, gpus).run(together) if together else {}
     for number, cell in enumerate(cells):
@@ -57,9 +55,20 @@ def run(cells: Sequence[Config], study: Study | None = None) -> list[Cell]:
         if number not in ended:
             label = f"cell {number + 1} of {len(cells)}"
             terminal.say(f"{label}: {recorders[number].folder.name}")
-            summary = attempt(cell, time.perf_counter() if ended else fedlora.STARTED)
+            started = time.perf_counter() if ended else fedlora.STARTED
+            summary = _played(recorders[number]) if recorders[number].finished else attempt(cell, started)
             ended[number] = _conclude(recorders[number], summary, f"{label}: ")
     return [(cells[number], ended[number]) for number in sorted(ended)]
+
+
+def _played(recorder: Recorder) -> Summary:
+    """The summary of the run, which is not run again if it has finished: nothing heavy is loaded to say so."""
+    if recorder.finished:
+        terminal.finished(recorder.folder)
+        return recorder.summary()
+    from fedlora import experiment
+
+    return experiment.run(recorder.config, fedlora.STARTED)
 
 
 def side_by_side(recorders: Sequence[Recorder]) -> tuple[list[tuple[int, ...]], int, float]:

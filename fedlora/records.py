@@ -265,7 +265,7 @@ class Recorder:
     def _difference(self, there: dict[str, Any]) -> str:
         """'with other settings: it has rounds=30, and you ask for rounds=20'; '' where no setting is another."""
         try:
-            old = flat(from_dict({name: value for name, value in there.items() if name != DIGESTS}))
+            old = flat(settings_of(there))
         except (ConfigError, TypeError, AttributeError, KeyError):
             return "that was made by another version of fedlora, or whose config.json is damaged"
         new = flat(self.config)
@@ -275,6 +275,11 @@ class Recorder:
         has, asked = (", ".join(f"{naming.setting(key, own.get(key)):.120}" for key in keys[:4]) for own in (old, new))
         more = f" (and {len(keys) - 4} more differ)" if len(keys) > 4 else ""
         return f"with other settings: it has {has}, and you ask for {asked}{more}"
+
+
+def settings_of(there: dict[str, Any]) -> Config:
+    """The settings in a run's config.json, not checked. Raises ConfigError, or as Python does, for anything else."""
+    return from_dict({name: value for name, value in there.items() if name != DIGESTS})
 
 
 def _strict(row: dict[str, Any]) -> dict[str, Any]:

@@ -17,10 +17,10 @@ from typing import Any
 
 from fedlora import disk, folder, naming, report
 from fedlora.check import ConfigError, RunError
-from fedlora.config import Config, from_dict
-from fedlora.folder import CONFIG, DIGESTS, SUMMARY, SWEEP
+from fedlora.config import Config
+from fedlora.folder import CONFIG, SUMMARY, SWEEP
 from fedlora.identity import flat, identifies
-from fedlora.records import Recorder
+from fedlora.records import Recorder, settings_of
 from fedlora.sweep import Cell
 
 TABLE = "table.csv"
@@ -135,7 +135,7 @@ def _read(place: Path) -> Cell | None:
     """A cell from its folder, if it has ended."""
     try:
         settings, summary = folder.read(place / CONFIG), folder.read(place / SUMMARY)
-        config = from_dict({name: value for name, value in settings.items() if name != DIGESTS})
+        config = settings_of(settings)
     except (ConfigError, TypeError, AttributeError, KeyError):
         return None
     return (config, summary) if folder.is_summary(summary) and summary["status"] != "interrupted" else None
