@@ -76,7 +76,7 @@ def refreshed(config: Config) -> Workbench:
     """The same for a run that begins: made anew where the files of the data have changed since they were read."""
     resident.refresh(config.dataset, config.seed)
     bench = build(config)
-    if bench.dataset is resident.dataset(config.dataset, config.seed):
+    if bench.dataset is _model(_parts(config)).dataset is resident.dataset(config.dataset, config.seed):
         return bench
     for kept in (build_from, _model, _encoded, _rows):
         kept.cache_clear()
@@ -90,7 +90,7 @@ def build_from(text: str) -> Workbench:
     parts = _parts(config)
     dataset = _examples(parts)
     shards = partition.split(config.partition, dataset.train, config.clients, config.seed)
-    return Workbench(config, dataset, _model(parts)[1], shards)
+    return Workbench(config, dataset, _model(parts).model, shards)
 
 
 class Parts(NamedTuple):
@@ -113,8 +113,16 @@ def _examples(parts: Parts) -> Dataset:
     return resident.dataset(settings.DatasetConfig(**json.loads(parts.dataset)), parts.seed)
 
 
+class Made(NamedTuple):
+    """What is made of them. Examples are encoded from this dataset, whatever is read later."""
+
+    dataset: Dataset
+    base: Base
+    model: AdaptedModel
+
+
 @lru_cache(maxsize=1)
-def _model(parts: Parts) -> tuple[Base, AdaptedModel]:
+def _model(parts: Parts) -> Made:
     """The one base model of this process. Another one takes its place, and whatever refers to the old one is let go."""
     for dependent in (build_from, _encoded, _rows):
         dependent.cache_clear()
@@ -122,21 +130,22 @@ def _model(parts: Parts) -> tuple[Base, AdaptedModel]:
     threadpool_limits(parts.threads, "blas")  # the server's sums too, which a machine's cores would order otherwise
     dataset = _examples(parts)
     base = models.load(settings.ModelConfig(**json.loads(parts.model)), dataset, parts.seed)
-    return base, AdaptedModel(base, settings.AdapterConfig(**json.loads(parts.adapter)), torch_device(parts.device))
+    model = AdaptedModel(base, settings.AdapterConfig(**json.loads(parts.adapter)), torch_device(parts.device))
+    return Made(dataset, base, model)
 
 
 @lru_cache(maxsize=2)
 def _encoded(parts: Parts, limit: float, part: str) -> Encoded:
     """The examples of a part, with what is the same in every step of it: in half of the `limit` (GB) for both parts."""
-    base, model = _model(parts)
+    dataset, base, model = _model(parts)
     if model.prefix is None:
         model.prefix = Prefix(model)
-    return model.prefix.kept(base.encode(getattr(_examples(parts), part)), limit * 1e9 / 2)
+    return model.prefix.kept(base.encode(getattr(dataset, part)), limit * 1e9 / 2)
 
 
 @lru_cache(maxsize=1)
 def _rows(parts: Parts, limit: float) -> Rows:
-    return Rows(_model(parts)[1], _encoded(parts, limit, "train"))
+    return Rows(_model(parts).model, _encoded(parts, limit, "train"))
 
 
 def torch_device(device: str) -> torch.device:

@@ -121,7 +121,9 @@ def test_the_code_of_a_strategy_is_its_file_and_those_that_it_is_built_from(monk
         return identity.strategy_digest.__wrapped__(name)
 
     assert digest("fedsvd") == digest("fedsvd", "fedavg.py") == digest("fedsvd", "robust.py")
-    assert len({digest("fedsvd"), digest("fedavg"), *(digest("fedsvd", f"{name}.py") for name in ("fedsvd", "base", "wire"))}) == 5
+    assert (
+        len({digest("fedsvd"), digest("fedavg"), *(digest("fedsvd", f"{name}.py") for name in ("fedsvd", "base", "wire"))}) == 5
+    )
 
 
 def test_every_part_of_the_examples_counts_and_nothing_of_how_they_are_kept() -> None:
@@ -176,7 +178,10 @@ def test_that_a_run_has_finished_is_said_without_a_model_library(tmp_path) -> No
 @pytest.mark.parametrize("engine", ["ray", "inline", "flower"])
 def test_a_missing_file_is_said_before_anything_heavy_is_loaded(tmp_path, engine) -> None:
     for missing, words in (
-        (["dataset=files", "dataset.path=none.csv", "dataset.text=text", "model=hf", "model.path=none"], "dataset.path=none.csv"),
+        (
+            ["dataset=files", "dataset.path=none.csv", "dataset.text=text", "model=hf", "model.path=none"],
+            "dataset.path=none.csv",
+        ),
         (["model=hf", "model.path=/no/model"], "model.path=/no/model"),
     ):
         arguments = [f"engine={engine}", *missing, f"results={tmp_path}/results"]
@@ -210,7 +215,7 @@ def test_what_is_wrong_in_the_last_cell_is_said_before_the_first_begins(tmp_path
 
 
 def test_a_command_that_is_refused_leaves_no_folder(small, tmp_path) -> None:
-    with pytest.raises(ConfigError, match="adapter.target_modules=nothing"):
+    with pytest.raises(ConfigError, match=r"adapter.target_modules=nothing"):
         experiment.run(small(adapter__target_modules=["nothing"], results=str(tmp_path / "a" / "b")), 0.0)
     assert not list(tmp_path.iterdir())
     (tmp_path / "a").mkdir()
@@ -240,7 +245,17 @@ def test_names_are_short_for_paths_and_different_for_different_runs() -> None:
     long = name("/home/somebody/data/reviews.csv")
     assert long.startswith("fedsvd,dataset=files,dataset.path=reviews.csv,dataset.text=text-")
     assert name("reviews.csv") == "fedsvd,dataset=files,dataset.path=reviews.csv,dataset.text=text"
-    paths = ["reviews.csv", "a/reviews.csv", "b/reviews.csv", "a b.csv", "a_b.csv", "ä.csv", "評論" * 40, "評論" * 41, "reviews.csv/"]
+    paths = [
+        "reviews.csv",
+        "a/reviews.csv",
+        "b/reviews.csv",
+        "a b.csv",
+        "a_b.csv",
+        "ä.csv",
+        "評論" * 40,
+        "評論" * 41,
+        "reviews.csv/",
+    ]
     assert len({name(path) for path in paths}) == len(paths)
     assert all(len(name(path).encode()) < 255 and "/" not in name(path) for path in paths)
     assert naming.run_name(Config(rounds=5), ["seed", "rounds"]) == "fedsvd,seed=0,rounds=5"

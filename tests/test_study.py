@@ -23,7 +23,9 @@ def test_a_sweeps_folder_has_all_that_differs_and_its_cells_what_is_swept_first_
     common = {"clients": 100, "rounds": 20, "min_success": 0.25, "strategy": {"name": "fedsvd", "every": 2}, "threads": 2}
     sweeps = [{"seed": seed, "privacy": PrivacyConfig("record", epsilon=epsilon)} for epsilon in (1.0, 3.5) for seed in (0, 1)]
     found = places(*(common | each for each in sweeps))
-    folder = "fedsvd,seed=0,1,privacy.epsilon=1,3.5,strategy.every=2,clients=100,rounds=20,min_success=0.25,threads=2,privacy=record"
+    folder = (
+        "fedsvd,seed=0,1,privacy.epsilon=1,3.5,strategy.every=2,clients=100,rounds=20,min_success=0.25,threads=2,privacy=record"
+    )
     assert {place.split("/")[1][:100] for place in found} == {folder[:100]}
     assert [place.split("/")[2][: len("fedsvd,seed=0,privacy.epsilon=3.5,")] for place in found[2:]] == [
         "fedsvd,seed=0,privacy.epsilon=3.5,", "fedsvd,seed=1,privacy.epsilon=3.5,",
@@ -31,7 +33,9 @@ def test_a_sweeps_folder_has_all_that_differs_and_its_cells_what_is_swept_first_
     assert places({"seed": 1, "rounds": 5}, {"seed": 2, "rounds": 5}) != places({"seed": 1}, {"seed": 2})
     assert places({"seed": 1}, {"strategy": {"name": "fedavg"}})[1] == "results/strategy=fedsvd,fedavg,seed=1,0/fedavg,seed=0"
     long = [{"strategy": {"name": "fedsvd"}, "seed": seed, "deploy": "x" * 150 + str(seed)} for seed in (1, 2)]
-    assert [f"seed={seed},deploy={'x' * 150}{seed}" in place for seed, place in zip((1, 2), places(*long), strict=True)] == [True] * 2
+    assert [f"seed={seed},deploy={'x' * 150}{seed}" in place for seed, place in zip((1, 2), places(*long), strict=True)] == [
+        True
+    ] * 2
 
 
 def test_models_in_two_folders_of_one_name_have_cells_of_their_own() -> None:
