@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from fedlora import data, models, resident
+from fedlora import data, models, naming, resident
 from fedlora.check import ConfigError
 from fedlora.config import Config
 from fedlora.data import partition
@@ -29,10 +29,14 @@ def ready(cells: Sequence[Config], study: Study | None = None) -> list[Recorder]
 
 
 def check_sources(cells: Sequence[Config]) -> None:
-    """Raises ConfigError where the data or the base model of any cell cannot be used, or its examples not be dealt out.
+    """Raises ConfigError where the data or the base model of any cell cannot be used, its examples not be dealt out, or its
+    name is none.
 
     What is missing is said first, since to look for it takes no time. With deploy nothing is looked at: the server has it.
     """
+    for cell in cells:
+        if cell.name is not None:
+            naming.check_name(cell.name)
     here = [cell for cell in cells if not cell.deploy]
     for cell in here:
         data.check_files(cell.dataset)

@@ -144,7 +144,7 @@ class PrivacyConfig:
 class EvaluateConfig:
     """When and on what the merged model is measured."""
 
-    every: int = setting(1, "evaluation every so many rounds; the central one also before the first and after the last")
+    every: int = setting(1, "evaluation every so many rounds and after the last; the central one also before the first")
     batch_size: int = setting(256, "examples a forward pass")
     holdout: float = setting(0.0, "share of its examples that each client keeps back to test the merged model on; 0: none")
 
