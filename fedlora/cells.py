@@ -12,7 +12,7 @@ import contextlib
 import json
 import sys
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import groupby
@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 import fedlora
 from fedlora import interrupt, terminal
-from fedlora.check import ConfigError
 from fedlora.config import Config
+from fedlora.door import check_folders, ready
 from fedlora.interrupt import CtrlC
 from fedlora.player import INTERRUPTED, Player, Seat, Summary, attempt
 from fedlora.records import Recorder
+from fedlora.study import Study
 from fedlora.sweep import Cell
 
 if TYPE_CHECKING:
@@ -35,17 +36,17 @@ ATTEMPTS = 2  # at a cell whose worker dies
 GRACE = 20.0  # seconds that a stopped cell has to save what there is
 
 
-def run(cells: Sequence[Config]) -> list[Cell]:
+def run(cells: Sequence[Config], study: Study | None = None) -> list[Cell]:
     """Run the cells and return each with its summary; a failed one is shown and the rest go on, an interrupted one ends all.
 
-    Raises ConfigError, before any work, for a folder that holds other runs or is wanted twice; a single cell that fails
-    raises its own error.
+    `study` is the sweep that they are the cells of. Raises ConfigError as `ready` does; a single cell that fails raises its
+    own error.
     """
-    recorders = check_folders(cells)
+    recorders = ready(cells, study)
+    if study:
+        study.write()
     if len(cells) == 1:
-        from fedlora import experiment
-
-        return [(cells[0], _conclude(recorders[0], experiment.run(cells[0], fedlora.STARTED)))]
+        return [(cells[0], _conclude(recorders[0], _played(recorders[0])))]
     together, workers, gpus = side_by_side(recorders)
     ended = SideBySide(recorders, workers, gpus).run(together) if together else {}
     for number, cell in enumerate(cells):
@@ -54,21 +55,20 @@ def run(cells: Sequence[Config]) -> list[Cell]:
         if number not in ended:
             label = f"cell {number + 1} of {len(cells)}"
             terminal.say(f"{label}: {recorders[number].folder.name}")
-            summary = attempt(cell, time.perf_counter() if ended else fedlora.STARTED)
+            started = time.perf_counter() if ended else fedlora.STARTED
+            summary = _played(recorders[number]) if recorders[number].finished else attempt(cell, started)
             ended[number] = _conclude(recorders[number], summary, f"{label}: ")
     return [(cells[number], ended[number]) for number in sorted(ended)]
 
 
-def check_folders(cells: Sequence[Config]) -> list[Recorder]:
-    """A recorder for each cell. Raises ConfigError for a folder that holds another run or is wanted twice."""
-    recorders = [Recorder(cell) for cell in cells]
-    folder, times = Counter(recorder.folder for recorder in recorders).most_common(1)[0]
-    if times > 1:
-        raise ConfigError(
-            f"{folder} would hold {times} cells of this sweep; sweep settings that change numbers, and give no name or one "
-            "for each cell"
-        )
-    return recorders
+def _played(recorder: Recorder) -> Summary:
+    """The summary of the run, which is not run again if it has finished: nothing heavy is loaded to say so."""
+    if recorder.finished:
+        terminal.finished(recorder.folder)
+        return recorder.summary()
+    from fedlora import experiment
+
+    return experiment.run(recorder.config, fedlora.STARTED)
 
 
 def side_by_side(recorders: Sequence[Recorder]) -> tuple[list[tuple[int, ...]], int, float]:

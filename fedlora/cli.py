@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedlora import check, interrupt
 from fedlora.compose import compose as compose  # for those who make a configuration from a command line
 from fedlora.compose import compose_all, config_folder, expand
 from fedlora.config import Config, declared
+
+if TYPE_CHECKING:
+    from fedlora.study import Study
 
 EXAMPLES = (
     "strategy=fedsvd clients=50",
@@ -55,41 +58,47 @@ def _command(configs: Path, arguments: argparse.Namespace) -> int:
     if arguments.version:
         print(f"fedlora {version('fedlora')}")
         return 0
-    from fedlora import sweep
+    from fedlora.study import Study
 
     cells = compose_all(configs, expand(arguments.overrides, arguments.multirun), arguments.multirun)
     if arguments.list:
         return _list(cells[0])
-    if len(cells) > 1:
-        cells = sweep.place(cells, arguments.overrides)
+    study = Study.of(cells) if len(cells) > 1 else None
+    cells = study.cells if study else cells
     if cells[0].deploy:
-        return _deploy(cells, configs.parent)
-    return _plan(cells) if cells[0].plan else _run(cells)
+        return _deploy(cells, configs.parent, study)
+    return _plan(cells) if cells[0].plan else _run(cells, study)
 
 
 # ---- the work
 
 
-def _run(cells: list[Config]) -> int:
+def _run(cells: list[Config], study: Study | None) -> int:
     """Run the cells; of several, a failed one is shown and the rest go on, and a table is their end."""
     from fedlora import cells as work
+    from fedlora.study import table
 
     _quiet()
-    done = work.run(cells)
+    done = work.run(cells, study)
     statuses = {summary["status"] for _, summary in done}
     if "interrupted" in statuses:
         return interrupt.status()
-    if len(cells) > 1:
-        _tabulate(done)
+    if study:
+        table(study, done)
     return 1 if "failed" in statuses else 0
 
 
-def _deploy(cells: list[Config], checkout: Path) -> int:
+def _deploy(cells: list[Config], checkout: Path, study: Study | None) -> int:
     """Run, or plan, the cells on real devices, one after another; one that fails ends it, since its devices may be gone."""
-    from fedlora import terminal
+    from fedlora import door, terminal
     from fedlora.deploy import app, launch
+    from fedlora.study import table
 
     _quiet()
+    if not cells[0].plan:
+        door.ready(cells, study)
+        if study:
+            study.write()
     done = []
     with app.folder(checkout) as folder:
         for cell in cells:
@@ -101,31 +110,18 @@ def _deploy(cells: list[Config], checkout: Path) -> int:
             if summary["status"] == "interrupted":
                 return interrupt.status()
             done.append((cell, summary))
-    if len(done) > 1:
-        _tabulate(done)
+    if study and done:
+        table(study, done)
     return 0
-
-
-def _tabulate(done: list[tuple[Config, dict[str, Any]]]) -> None:
-    """Mean and 95 % interval over seeds of every other setting, on the terminal and as CSV beside the cells."""
-    from fedlora import report, sweep, terminal
-
-    rows = sweep.over_seeds(done)
-    terminal.sweep_table(rows)
-    path = Path(done[0][0].results) / "table.csv"
-    sweep.write_table(path, rows)
-    terminal.say(f"written to {path}")
-    if curves := sweep.frontier(done):
-        report.draw_frontier(path.with_name("frontier.png"), curves)
-        terminal.say(f"accuracy against ε is drawn in {path.with_name('frontier.png')}")
 
 
 def _plan(cells: list[Config]) -> int:
     """Print what each cell would come to, and train nothing; of a long sweep only the table of all its cells."""
     from fedlora import cells as work
-    from fedlora import experiment
+    from fedlora import door, experiment
 
     _quiet()
+    door.check_sources(cells)
     estimates, noise = zip(*[experiment.foretell(cell, show=len(cells) <= DETAILED) for cell in cells], strict=True)
     if len(cells) > 1:
         work.show_plan(cells, estimates, noise)
@@ -135,7 +131,7 @@ def _plan(cells: list[Config]) -> int:
 def _list(config: Config) -> int:
     """Print the strategies: paper, what they train, what a client of this model sends and is sent, and what goes with them."""
     import strategies
-    from fedlora import experiment, plan, server, terminal, workbench
+    from fedlora import experiment, server, terminal, traffic, workbench
 
     _quiet()
     bench = workbench.build(config)
@@ -148,12 +144,14 @@ def _list(config: Config) -> int:
         exact = "exact" if strategy.exact else "biased"
         unequal = strategy.unequal if strategy.unequal in ("native", "padded") else "no"
         own = ", ".join(f"{key}={p.default}" for key, p in strategies.settings(name).items())
-        up, down = terminal.size(plan.bytes_up(state, strategy)), terminal.size(plan.bytes_down(state, strategy))
+        sent = traffic.of_run(config, strategy, state)
+        up, down = terminal.size(sent.up_each), terminal.size(sent.down_each)
         secure = "yes" if strategy.linear else "no"
         paper, private = strategy.paper or "–", strategy.private.split(":")[0]
         rows.append([name, paper, trains, up, down, exact, unequal, private, secure, own])
     columns = ["strategy", "paper", "trains", "up", "down", "merge", "unequal ranks", "DP-SGD", "secure sums", "settings"]
-    terminal.table(f"{config.model.name}, rank {config.adapter.rank}: bytes of a client and round", columns, rows)
+    what = f"{config.model.name}, rank {config.adapter.rank}: bytes of a client and round"
+    terminal.table(f"{what}, on average over rounds={config.rounds} of {config.cohort_size} clients", columns, rows)
     return 0
 
 

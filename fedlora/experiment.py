@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, replace
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
 from clients import cost
-from fedlora import engines, messages, plan, ranks, report, terminal, workbench
+from fedlora import engines, guard, messages, naming, plan, ranks, report, terminal, workbench
 from fedlora.check import RunError
 from fedlora.checkpoint import RELEASED, Checkpoint, Checkpoints, Released
 from fedlora.config import Config
@@ -22,11 +22,14 @@ from fedlora.folder import ADAPTER, CHECKPOINTS, CURVES, MERGED, PRIVACY, ROUNDS
 from fedlora.interrupt import CtrlC
 from fedlora.messages import ServerState
 from fedlora.privacy import ledger
-from fedlora.records import Recorder, run_name
+from fedlora.records import Recorder
 from fedlora.secure import Sets
 from fedlora.server import make_strategy
 from fedlora.workbench import Workbench
 from strategies import LoRAStrategy
+
+if TYPE_CHECKING:
+    from fedlora.guard import Keeper
 
 
 def run(
@@ -70,17 +73,17 @@ def play(
     placed = replace(config, engine=replace(config.engine, name=engine_name or config.engine.name))
     engine = engine or engines.make(placed, app, lambda count: shown.replied(strategy.report, count))
     try:
-        bench = workbench.build(config)
+        bench = workbench.refreshed(config)
         state = initial_state(bench, strategy)
         counted = recorder.folder / PRIVACY
         before = counted if config.fresh_noise and not config.overwrite else None
-        guard = plan.guard(bench, recorder.spend, before)
-        released = None if guard is None else books(recorder, guard, last)
-        terminal.announce(config, plan.derive(bench, strategy, state, guard))
+        keeper = guard.make(bench, recorder.spend, before)
+        released = None if keeper is None else books(recorder, keeper, last)
+        terminal.announce(config, plan.derive(bench, strategy, state, keeper))
         recorder.begin(last.history[0] if last else 0)
         if released:
             released.write()
-        course = Course(bench, strategy, guard, recorder, checkpoints, shown, state, started, released)
+        course = Course(bench, strategy, keeper, recorder, checkpoints, shown, state, started, released)
         if last:
             course.go_on(last)
         with course.ctrl_c:
@@ -100,14 +103,14 @@ def play(
 
 def foretell(config: Config, strategy: LoRAStrategy | None = None, show: bool = True) -> tuple[plan.Estimate, str]:
     """What the run would come to, and its σ and ε, or a dash; printed where it is to be shown. Nothing is trained."""
-    bench, strategy = workbench.build(config), strategy or make_strategy(config)
+    bench, strategy = workbench.refreshed(config), strategy or make_strategy(config)
     state = initial_state(bench, strategy)
-    guard, estimate = plan.guard(bench), plan.estimate(bench, strategy, state)
+    keeper, estimate = guard.make(bench), plan.estimate(bench, strategy, state)
     if show:
         terminal.announce(config, [])
-        rows = plan.derive(bench, strategy, state, guard) + plan.expense(bench, strategy, state, estimate)
-        terminal.table(config.name or run_name(config), ["", "", "because"], [list(row) for row in rows])
-    return estimate, "–" if guard is None else " = ".join(guard.derivation()[:2])
+        rows = plan.derive(bench, strategy, state, keeper) + plan.expense(bench, strategy, state, estimate)
+        terminal.table(config.name or naming.run_name(config), ["", "", "because"], [list(row) for row in rows])
+    return estimate, "–" if keeper is None else " = ".join(keeper.derivation()[:2])
 
 
 class Course:
@@ -117,7 +120,7 @@ class Course:
         self,
         bench: Workbench,
         strategy: LoRAStrategy,
-        guard: plan.Guard | plan.UserGuard | None,
+        keeper: Keeper | None,
         recorder: Recorder,
         checkpoints: Checkpoints,
         shown: terminal.Rounds,
@@ -125,7 +128,7 @@ class Course:
         started: float,
         released: Released | None = None,
     ) -> None:
-        self.bench, self.strategy, self.guard, self.started = bench, strategy, guard, started
+        self.bench, self.strategy, self.guard, self.started = bench, strategy, keeper, started
         self.recorder, self.checkpoints, self.shown = recorder, checkpoints, shown
         self.state = self.initial = state  # after the newest line of the records, and before the first round
         self.last: Checkpoint | None = None
@@ -133,8 +136,8 @@ class Course:
         self.clients: dict[int, RecordDict] | None = None  # what they keep, where the grid has it
         self.cohorts: dict[str, int] = {}  # clients that share a pass, by what they train; empty: not settled
         self.ctrl_c = CtrlC()
-        if guard is not None:
-            strategy.admit, strategy.release, strategy.draw = guard.admit, guard.release, guard.draw or strategy.draw
+        if keeper is not None:
+            strategy.admit, strategy.release, strategy.draw = keeper.admit, keeper.release, keeper.draw or strategy.draw
         if released is not None:
             strategy.settled = released.note
 
@@ -189,7 +192,7 @@ class Course:
             self.state = state
             if self.clients is not None and self.checkpoints.due(round, config.rounds):
                 memory, lines = self.guard.memory() if self.guard else {}, self.recorder.history()
-                settled = Checkpoint(round, asdict(config), state, self.clients, memory, lines, cohorts=self.cohorts)
+                settled = Checkpoint(round, self.recorder.identity, state, self.clients, memory, lines, cohorts=self.cohorts)
                 self.checkpoints.save(settled)
             self.shown.finished(row)
         self.ctrl_c.check()
@@ -225,22 +228,22 @@ class Course:
         grid.cohort = 1 if sizes == {1} else self.cohorts
 
 
-def books(recorder: Recorder, guard: plan.Guard | plan.UserGuard, last: Checkpoint | None) -> Released | None:
+def books(recorder: Recorder, keeper: Keeper, last: Checkpoint | None) -> Released | None:
     """What was released before this process, where a round that is taken again has the noise that it had; else None.
 
-    The guard stands where it stood at `last`. Raises ConfigError where what was spent or released cannot be known.
+    The keeper stands where it stood at `last`. Raises ConfigError where what was spent or released cannot be known.
     """
     config, counted = recorder.config, recorder.folder / PRIVACY
     begun = counted.exists()
     if last:
         if last.round and not begun:
             raise ledger.unknown(f"the privacy ledger {counted} is missing")
-        guard.go_on(last.guard)
+        keeper.go_on(last.guard)
     if config.fresh_noise:
         return None
     released = Released(recorder.folder / CHECKPOINTS / RELEASED)
     if not config.overwrite:
-        idle = begun and type(guard.ledger).load(counted) == guard.ledger
+        idle = begun and type(keeper.ledger).load(counted) == keeper.ledger
         if said := released.recall(last, begun, idle):
             terminal.say(said)
     return released

@@ -12,6 +12,8 @@ from fedlora.check import ConfigError
 ROUNDS, SUMMARY, CONFIG, ENV, CURVES, PRIVACY, SUMS, LOCK = FILES = (
     "rounds.jsonl", "summary.json", "config.json", "env.json", "curves.png", "privacy.json", "sums.jsonl", ".lock"
 )  # fmt: skip
+SWEEP = "sweep.json"  # in a folder of runs: what the sweep is
+DIGESTS = "digests"  # the key of config.json beside the settings, with the digests of what they name
 ADAPTER, MERGED, CHECKPOINTS = FOLDERS = "adapter", "merged", "checkpoints"
 # The numbers of a summary: those that every run has that did not fail, and those that may be null.
 ALWAYS = ("clients", "rounds", "rounds_planned", "bytes_up", "bytes_down", "drops", "seconds", "seconds_to_first_round")

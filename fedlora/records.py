@@ -1,6 +1,7 @@
 """The results folder: what is written, when, and what may be overwritten.
 
-    config.json     the resolved settings           summary.json    the outcome, written last
+    config.json     the resolved settings, and      summary.json    the outcome, written last
+                    digests of what they name
     env.json        versions, commit, hardware      curves.png      the plot of rounds.jsonl
     rounds.jsonl    a line a round, as it happens   adapter/        the merged adapter in PEFT's own format
     privacy.json    the ledger, written ahead of every round (privacy=record)
@@ -14,68 +15,68 @@ the same name are refused.
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import hashlib
 import json
 import math
 import os
-import re
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from fedlora import disk, folder
+from fedlora import disk, folder, naming
 from fedlora.check import ConfigError, RunError
+from fedlora.claim import Claim
 from fedlora.config import Config, from_dict
 from fedlora.environment import environment
-from fedlora.folder import ADAPTER, CHECKPOINTS, CONFIG, CURVES, ENV, FOLDERS, LOCK, MERGED, PRIVACY, ROUNDS, SUMMARY
-from fedlora.identity import flat, identifies
+from fedlora.folder import (
+    ADAPTER,
+    CHECKPOINTS,
+    CONFIG,
+    CURVES,
+    DIGESTS,
+    ENV,
+    FOLDERS,
+    LOCK,
+    MERGED,
+    PRIVACY,
+    ROUNDS,
+    SUMMARY,
+    SWEEP,
+)
+from fedlora.identity import flat, identifies, resolved, sources
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system that has none
 PATIENCE = 5.0  # seconds for a run that was killed: the workers in which its cells are end some time after it
 
 
-def changed(config: Config) -> dict[str, Any]:
-    """The settings that differ from the defaults, by dotted name; the strategy's own against that strategy's defaults."""
-    usual = flat(Config(strategy={"name": config.strategy["name"]}))
-    return {name: value for name, value in flat(config).items() if value != usual[name]}
-
-
-def run_name(config: Config) -> str:
-    """A folder name made from the settings that can change a number, so that equal names mean equal numbers."""
-    parts = [str(config.strategy["name"])]
-    for key, value in changed(config).items():
-        if identifies(key):
-            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            parts.append(f"{key.removesuffix('.name')}={text}")
-    return folder_name(",".join(parts))
-
-
-def folder_name(text: str) -> str:
-    """The text as the name of a folder: no separators, at most 110 characters, different for different texts."""
-    name = re.sub(r"[^\w.,=+-]+", "_", text)
-    if len(name) > 110:  # file systems end at 255 bytes, and people earlier
-        name = f"{name[:100]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-    return name
-
-
 class Recorder:
     """Writes one run's results folder, each file whole or not at all."""
 
-    def __init__(self, config: Config) -> None:
-        """Checks the folder and changes nothing. Raises ConfigError where it holds another run, or cannot be read."""
-        self.config = config
-        self.folder = Path(config.results) / (config.name or run_name(config))
+    def __init__(self, config: Config, launched: bool = False) -> None:
+        """Checks the folder and changes nothing. Raises ConfigError where it holds another run, or cannot be read.
+
+        `launched`: this process does not run the experiment but has it run on real devices, by a server that has its data.
+        """
+        self.config, self.launched = config, launched
+        name = naming.run_name(config) if config.name is None else naming.check_name(config.name)
+        self.folder = Path(config.results) / name
         self._length, self._digest = 0, hashlib.sha256()  # of rounds.jsonl
         self._lock: disk.Lock | None = None
         folder.refuse_strange(self.folder)
+        if os.path.exists(self.folder / SWEEP):  # False for a name that no file can have
+            raise ConfigError(f"name={self.folder.name}: {self.folder} holds a sweep and not a run; give the run another name")
         self.refuse_others(self._read(CONFIG))
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """What `identity.sources` says of the run that is to stand here. Raises ConfigError for what cannot be read."""
+        return sources(self.config, self.launched)
 
     @property
     def finished(self) -> bool:
@@ -83,12 +84,25 @@ class Recorder:
         return not self.config.overwrite and self.summary().get("status") == "finished"
 
     def refuse_others(self, there: dict[str, Any]) -> None:
-        """Raises ConfigError, with the difference, if the settings of the run that is there are not those of this one."""
-        if there and not self.config.overwrite and (difference := self._difference(there)):
+        """Raises ConfigError, with the difference, where the run that is there is another one than this.
+
+        `there` is what its config.json or its checkpoint says: other settings, other data, another base model or other code.
+        """
+        if not there or self.config.overwrite:
+            return
+        begins = f"name={self.folder.name}: {self.folder} holds a run"
+        cure = "give the new run another name by name=…, or set overwrite=true to run it in place of that one"
+        if difference := self._difference(there):
+            raise ConfigError(f"{begins} {difference}; {cure}")
+        known = there.get(DIGESTS)
+        if not isinstance(known, dict) or not self.digests.keys() <= known.keys():
             raise ConfigError(
-                f"name={self.folder.name}: {self.folder} holds a run with other settings ({difference}); "
-                "choose another name, or overwrite=true"
+                f"{begins} of an older version, which did not note its data, base model and strategy code, so that nobody "
+                f"knows whether they are the same; {cure}"
             )
+        if others := [what for what, digest in self.digests.items() if known[what] != digest]:
+            has = "has" if len(others) == 1 else "have"
+            raise ConfigError(f"{begins} with these settings, but the {' and the '.join(others)} {has} changed since; {cure}")
 
     def summary(self) -> dict[str, Any]:
         """The summary of the run that stands in the folder; empty if none has ended there. Raises ConfigError for damage."""
@@ -104,11 +118,12 @@ class Recorder:
         except OSError:
             return 0
 
-    def claim(self, patience: float = PATIENCE) -> AbstractContextManager[object]:
+    def claim(self, patience: float = PATIENCE) -> Claim:
         """Make the folder and try it, before any time is spent; while the context lasts, no other process can.
 
         Raises ConfigError if it cannot be written, or another process still runs there after `patience` seconds.
         """
+        claimed = Claim(self.folder)
         tried = self.folder
         try:
             tried.mkdir(parents=True, exist_ok=True)
@@ -117,13 +132,17 @@ class Recorder:
                 with tempfile.TemporaryFile(dir=tried) as file:
                     file.write(b" ")
                     file.flush()
-            self._lock = self._locked(patience)
+            self._lock = claimed.lock = self._locked(patience)
+            self.refuse_others(self._read(CONFIG))  # whoever had it until now may have written since
         except OSError as error:
+            claimed.close()
             raise ConfigError(
                 f"results={self.config.results}: cannot write {tried} ({error.strerror}); choose another folder"
             ) from error
-        self.refuse_others(self._read(CONFIG))  # whoever had it until now may have written since
-        return self._lock or nullcontext()
+        except ConfigError:
+            claimed.close()
+            raise
+        return claimed
 
     def _locked(self, patience: float) -> disk.Lock | None:
         """The lock; None where the file system has none, so that nobody watches over the folder."""
@@ -168,8 +187,13 @@ class Recorder:
                 disk.remove(self.folder / ROUNDS)
         except OSError as error:
             raise self._full(Path(error.filename or ROUNDS).name, error) from error
-        self.write(CONFIG, dataclasses.asdict(self.config))
+        self.write(CONFIG, self.identity)
         self.write(ENV, environment())
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the run is, for config.json and checkpoints: every setting, and the digests of what they name."""
+        return resolved(self.config) | {DIGESTS: self.digests}
 
     def round(self, row: dict[str, Any]) -> None:
         """Append one round to rounds.jsonl, on disk when this returns."""
@@ -242,15 +266,23 @@ class Recorder:
             return {}
 
     def _difference(self, there: dict[str, Any]) -> str:
-        """'rounds 30 → 20' for the settings in which the folder's run differs from this one; '' if there is none."""
+        """'with other settings: it has rounds=30, and you ask for rounds=20'; '' where no setting is another."""
         try:
-            old = flat(from_dict(there))  # settings that it was run without stand at their defaults
+            old = flat(settings_of(there))
         except (ConfigError, TypeError, AttributeError, KeyError):
-            return "it was made by another version of fedlora, or is damaged"
+            return "that was made by another version of fedlora, or whose config.json is damaged"
         new = flat(self.config)
         keys = [key for key in sorted(old | new) if identifies(key) and old.get(key) != new.get(key)]
-        shown = ", ".join(f"{key} {str(old.get(key))[:99]} → {str(new.get(key))[:99]}" for key in keys[:4])
-        return shown + (", …" if len(keys) > 4 else "")
+        if not keys:
+            return ""
+        has, asked = (", ".join(f"{naming.setting(key, own.get(key)):.120}" for key in keys[:4]) for own in (old, new))
+        more = f" (and {len(keys) - 4} more differ)" if len(keys) > 4 else ""
+        return f"with other settings: it has {has}, and you ask for {asked}{more}"
+
+
+def settings_of(there: dict[str, Any]) -> Config:
+    """The settings in a run's config.json, not checked. Raises ConfigError, or as Python does, for anything else."""
+    return from_dict({name: value for name, value in there.items() if name != DIGESTS})
 
 
 def _strict(row: dict[str, Any]) -> dict[str, Any]:

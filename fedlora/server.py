@@ -28,6 +28,7 @@ def make_strategy(config: Config) -> LoRAStrategy:
         patience=config.patience,
         fraction_evaluate=1.0 if config.evaluate.holdout else 0.0,
         evaluate_every=config.evaluate.every,
+        rounds=config.rounds,
         poisson=config.poisson,
         ranks=[config.adapter.rank] * config.clients
         if config.adapter.unequal

@@ -1,4 +1,4 @@
-"""Several experiments that belong together: where their results go, and what they say over seeds."""
+"""Several experiments that belong together: what they say over seeds."""
 
 from __future__ import annotations
 
@@ -9,25 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedlora import records
+from fedlora import naming
 from fedlora.check import RunError
 from fedlora.config import Config
+from fedlora.identity import identifies
 
 Cell = tuple[Config, dict[str, Any]]  # settings, and the summary of the run
 COLUMNS = ("accuracy", "client_accuracy", "loss", "bytes_up", "bytes_down", "seconds")
-
-
-def place(cells: list[Config], overrides: list[str]) -> list[Config]:
-    """The cells with one folder in common: results/<name of the sweep>/<what tells the cell from the defaults>.
-
-    Without `name=…` the sweep is named after its values, so that the same command finds its finished cells again.
-    """
-    names = {cell.name for cell in cells}
-    if len(names) > 1:
-        return cells  # the user names every cell
-    swept = [text for text in overrides if "," in text and not text.startswith("results=")]
-    name = names.pop() or records.folder_name(";".join(swept) or "sweep")
-    return [replace(cell, name=None, results=str(Path(cell.results) / name)) for cell in cells]
 
 
 def over_seeds(cells: Sequence[Cell]) -> list[dict[str, Any]]:
@@ -39,8 +27,8 @@ def over_seeds(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     settings = [replace(config, seed=0) for config, _ in cells]
     groups: dict[str, list[Cell]] = {}
     for config, cell in zip(settings, cells, strict=True):
-        groups.setdefault(records.run_name(config), []).append(cell)
-    labels = dict(zip(map(records.run_name, settings), labelled(settings), strict=True))
+        groups.setdefault(naming.run_name(config), []).append(cell)
+    labels = dict(zip(map(naming.run_name, settings), labelled(settings), strict=True))
     rows = []
     for name, group in groups.items():
         finished = [summary for _, summary in group if summary["status"] == "finished"]
@@ -56,7 +44,7 @@ def labelled(settings: Sequence[Config]) -> list[str]:
     """A name for each of these: the strategy, and what is not at its default in some of them only."""
     parts = []
     for config in settings:
-        changed = {name: value for name, value in records.changed(config).items() if records.identifies(name)}
+        changed = {name: value for name, value in naming.changed(config).items() if identifies(name)}
         parts.append([f"{name.removesuffix('.name')}={value}" for name, value in changed.items()])
     shared = set.intersection(*map(set, parts))
     return [

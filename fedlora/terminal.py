@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from fedlora import records
+from fedlora import naming, records
 from fedlora.config import Config
 from strategies.base import RoundReport
 
@@ -78,7 +78,7 @@ def say(sentence: str) -> None:
 def announce(config: Config, derived: list[tuple[str, str, str]]) -> None:
     """The settings that differ from the defaults, then every derived value with its reason."""
     console.print(f"[bold]{config.strategy['name']}[/] on {config.dataset.name} with {config.model.name}")
-    for name, value in records.changed(config).items():
+    for name, value in naming.changed(config).items():
         say(f"  {name} = {value}")
     for name, value, reason in derived:
         say(f"  {name}: {value}  ({reason})")
@@ -173,7 +173,7 @@ def _bar(before: str, after: str) -> Progress:
 
 def conclude(config: Config, summary: dict[str, Any], label: str = "") -> None:
     """The outcome of a run that finished, or was stopped, and where it is; `label` goes in front."""
-    folder = Path(config.results) / (config.name or records.run_name(config))
+    folder = Path(config.results) / (config.name or naming.run_name(config))
     if summary["status"] == "interrupted":
         say(f"{label}{summary['reason']} after round {summary['rounds']} of {config.rounds}; what there is is in {folder}")
         return

@@ -16,7 +16,7 @@ import torch
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from fedlora import config as settings
-from fedlora import data, models
+from fedlora import models, resident
 from fedlora.check import ConfigError
 from fedlora.config import Config
 from fedlora.data import Dataset, partition
@@ -40,22 +40,28 @@ class Workbench:
     @cached_property
     def train(self) -> Encoded:
         """The training examples of all clients, encoded."""
-        return _encoded(_resident(self.config), self.config.engine.prefix_cache, "train")
+        return _encoded(_parts(self.config), self.config.engine.prefix_cache, "train")
 
     @cached_property
     def test(self) -> Encoded:
         """The central test examples, encoded."""
-        return _encoded(_resident(self.config), self.config.engine.prefix_cache, "test")
+        return _encoded(_parts(self.config), self.config.engine.prefix_cache, "test")
 
     @cached_property
     def rows(self) -> Rows:
         """The model with factors by example."""
-        return _rows(_resident(self.config), self.config.engine.prefix_cache)
+        return _rows(_parts(self.config), self.config.engine.prefix_cache)
 
     @cached_property
     def identity(self) -> str:
         """That of the experiment, for the keys of all its clients."""
         return self.config.identity
+
+    @cached_property
+    def counts(self) -> np.ndarray:
+        """(clients,) how many examples each client trains on; counted without drawing which."""
+        share = self.config.evaluate.holdout
+        return np.array([len(shard) - partition.held_out(len(shard), share) for shard in self.shards], np.int64)
 
     def examples_of(self, client: int) -> tuple[np.ndarray, np.ndarray]:
         """The indices that a client trains on and those that it holds back."""
@@ -67,22 +73,28 @@ def build(config: Config) -> Workbench:
     return build_from(config.to_json())
 
 
+def refreshed(config: Config) -> Workbench:
+    """The same for a run that begins: made anew where the files of the data have changed since they were read."""
+    resident.refresh(config.dataset, config.seed)
+    bench = build(config)
+    if bench.dataset is _model(_parts(config)).dataset is resident.dataset(config.dataset, config.seed):
+        return bench
+    for kept in (build_from, _model, _encoded, _rows):
+        kept.cache_clear()
+    return build(config)
+
+
 @lru_cache(maxsize=64)  # cells in step take turns
 def build_from(text: str) -> Workbench:
     """The same for the configuration that a message carries, checked again where it arrives."""
     config = Config.from_json(text)
-    resident = _resident(config)
-    dataset = _examples(resident)
+    parts = _parts(config)
+    dataset = _examples(parts)
     shards = partition.split(config.partition, dataset.train, config.clients, config.seed)
-    return Workbench(config, dataset, _model(resident)[1], shards)
+    return Workbench(config, dataset, _model(parts).model, shards)
 
 
-@lru_cache(maxsize=1)
-def _dataset(text: str, seed: int) -> Dataset:
-    return data.load(settings.DatasetConfig(**json.loads(text)), seed)
-
-
-class Resident(NamedTuple):
+class Parts(NamedTuple):
     """What the base model, the examples as it takes them, and the order of their sums depend on."""
 
     model: str
@@ -93,42 +105,49 @@ class Resident(NamedTuple):
     threads: int
 
 
-def _resident(config: Config) -> Resident:
-    parts = _json(config.model), _json(config.adapter), _json(config.dataset)
-    return Resident(*parts, config.seed, config.device, config.threads)
+def _parts(config: Config) -> Parts:
+    groups = _json(config.model), _json(config.adapter), _json(config.dataset)
+    return Parts(*groups, config.seed, config.device, config.threads)
 
 
-def _examples(resident: Resident) -> Dataset:
-    """The dataset. A file holds the same for every seed: a device reads its own once, when its owner starts it."""
-    return _dataset(resident.dataset, 0 if json.loads(resident.dataset)["name"] == "files" else resident.seed)
+def _examples(parts: Parts) -> Dataset:
+    return resident.dataset(settings.DatasetConfig(**json.loads(parts.dataset)), parts.seed)
+
+
+class Made(NamedTuple):
+    """What is made of them. Examples are encoded from this dataset, whatever is read later."""
+
+    dataset: Dataset
+    base: Base
+    model: AdaptedModel
 
 
 @lru_cache(maxsize=1)
-def _model(resident: Resident) -> tuple[Base, AdaptedModel]:
+def _model(parts: Parts) -> Made:
     """The one base model of this process. Another one takes its place, and whatever refers to the old one is let go."""
     for dependent in (build_from, _encoded, _rows):
         dependent.cache_clear()
-    torch.set_num_threads(resident.threads)
-    threadpool_limits(resident.threads, "blas")  # the server's sums too, which a machine's cores would order otherwise
-    dataset = _examples(resident)
-    base = models.load(settings.ModelConfig(**json.loads(resident.model)), dataset, resident.seed)
-    model = AdaptedModel(base, settings.AdapterConfig(**json.loads(resident.adapter)), torch_device(resident.device))
+    torch.set_num_threads(parts.threads)
+    threadpool_limits(parts.threads, "blas")  # the server's sums too, which a machine's cores would order otherwise
+    dataset = _examples(parts)
+    base = models.load(settings.ModelConfig(**json.loads(parts.model)), dataset, parts.seed)
+    model = AdaptedModel(base, settings.AdapterConfig(**json.loads(parts.adapter)), torch_device(parts.device))
     tried(model, dataset)
-    return base, model
+    return Made(dataset, base, model)
 
 
 @lru_cache(maxsize=2)
-def _encoded(resident: Resident, limit: float, part: str) -> Encoded:
+def _encoded(parts: Parts, limit: float, part: str) -> Encoded:
     """The examples of a part, with what is the same in every step of it: in half of the `limit` (GB) for both parts."""
-    base, model = _model(resident)
+    dataset, base, model = _model(parts)
     if model.prefix is None:
         model.prefix = Prefix(model)
-    return model.prefix.kept(base.encode(getattr(_examples(resident), part)), limit * 1e9 / 2)
+    return model.prefix.kept(base.encode(getattr(dataset, part)), limit * 1e9 / 2)
 
 
 @lru_cache(maxsize=1)
-def _rows(resident: Resident, limit: float) -> Rows:
-    return Rows(_model(resident)[1], _encoded(resident, limit, "train"))
+def _rows(parts: Parts, limit: float) -> Rows:
+    return Rows(_model(parts).model, _encoded(parts, limit, "train"))
 
 
 def torch_device(device: str) -> torch.device:

@@ -43,8 +43,9 @@ class LoRAStrategy(Evaluation):
     `seed` draws the cohorts, out of so many `clients` whether they are online or not (none: out of those online),
     `min_success` is the share of a cohort that must return a usable update (a round below it raises RunError), `patience`
     the seconds to wait for `min_available_nodes` to come online, `evaluate_every` the rounds from one evaluation on the
-    clients to the next. With `poisson` every node is drawn by itself, with the probability `fraction_train` gives it, so
-    that cohorts vary in size. `ranks` are those of clients 0, 1, …, none above the state's.
+    clients to the next, and `rounds` the last round, after which there is one too. With `poisson` every node is drawn by
+    itself, with the probability `fraction_train` gives it, so that cohorts vary in size. `ranks` are those of clients 0, 1,
+    …, none above the state's.
     `round_timeout` is how many seconds further messages of a round are waited for (the first ones: Flower's `timeout`).
     With `derive` the clients are fedlora's own, which know how everything began: only what they cannot derive is sent down,
     `encodes` says how it is encoded, what they send, and for top_k the share of it. With `beyond_peft` they are others that do
@@ -63,6 +64,7 @@ class LoRAStrategy(Evaluation):
         min_success: float = 0.5,
         patience: float = 600.0,
         evaluate_every: int = 1,
+        rounds: int | None = None,
         poisson: bool = False,
         ranks: Sequence[int] | None = None,
         derive: bool = False,
@@ -80,7 +82,8 @@ class LoRAStrategy(Evaluation):
         self.train_metrics_aggr_fn = flower.get("train_metrics_aggr_fn") or aggregate
         self.evaluate_metrics_aggr_fn = flower.get("evaluate_metrics_aggr_fn") or aggregate
         self.init = check.one_of(("kaiming", "orthonormal", "pissa"), **{"strategy.init": init})
-        self.scale, self.seed, self.evaluate_every, self.poisson = scale, seed, evaluate_every, poisson
+        self.scale, self.seed, self.poisson = scale, seed, poisson
+        self.evaluate_every, self.rounds = evaluate_every, rounds
         self.clients = clients
         self.min_success = check.fraction(min_success=min_success)
         self.ranks, self.derive, self.beyond_peft = ranks, derive, beyond_peft

@@ -19,9 +19,14 @@ class Evaluation(Inbox):
 
     seed: int
     evaluate_every: int
+    rounds: int | None  # the last one
     evaluate_metrics_aggr_fn: Callable[[list[RecordDict], str], MetricRecord]
     _done: int  # rounds before the first of `start`
     _tested: list[Message]
+
+    def evaluates(self, round: int) -> bool:
+        """Whether clients test the model that this round leaves: every so many rounds, and after the last."""
+        return self.fraction_evaluate > 0 and (round % self.evaluate_every == 0 or round == self.rounds)
 
     def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
         """Messages that ask `fraction_evaluate` of the clients, or `min_evaluate_nodes`, to test the merged model.
@@ -29,7 +34,7 @@ class Evaluation(Inbox):
         Which of them, (seed, round) says alone.
         """
         server_round += self._done
-        if self.fraction_evaluate == 0.0 or server_round % self.evaluate_every:
+        if not self.evaluates(server_round):
             return []
         if not self.derive:
             self.state = self._adopt(arrays)

@@ -8,6 +8,7 @@ kept beside it as a pair of thin factors, and no m × n residual is formed; clie
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from fedlora import lowrank
@@ -26,6 +27,10 @@ class FedExLoRA(LoRAStrategy):
     exact = True
     unequal = "Ā and B̄ need clients of one rank"
     private = "weak: noise in both factors multiplies in B A, and the base keeps it"
+
+    def moves(self, ranks: Sequence[int]) -> int:
+        """(B_k − B̄)(A_k − Ā) of every client; nothing of one alone."""
+        return sum(ranks) if len(ranks) > 1 else 0
 
     def merge(self, state: ServerState, updates: list[Update], round: int) -> ServerState:
         """(Ā, B̄) of every layer, and base correction ⊕ (Σ p_k B_k A_k − B̄Ā)."""

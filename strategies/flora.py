@@ -9,6 +9,7 @@ from the run's seed and the round, so that clients can draw it too and it need n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -39,6 +40,10 @@ class FLoRA(LoRAStrategy):
         super().__init__(**keywords)
         if self.init == "pissa":
             raise ConfigError("strategy.init=pissa takes A from W0, and flora draws A anew; use kaiming or orthonormal")
+
+    def moves(self, ranks: Sequence[int]) -> int:
+        """All that is stacked."""
+        return sum(ranks)
 
     def merge(self, state: ServerState, updates: list[Update], round: int) -> ServerState:
         """Base correction ⊕ Σ p_k B_k A_k, and (A drawn for the next round, 0), of every layer."""

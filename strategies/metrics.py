@@ -11,16 +11,25 @@ from fedlora.lowrank import Adapters
 from fedlora.messages import ServerState, Update
 from strategies.updates import MANY, shares
 
+STEPS = "steps"  # what clients count
 COMPARED = 12  # clients whose row spaces are compared, pair by pair
 
 
 def client_metrics(updates: list[Update]) -> dict[str, float]:
-    """Averages, weighted by examples, of what every client measured of its own training, as `client_<name>`."""
+    """Averages, weighted by examples, of what every client measured of its own training, as `client_<name>`.
+
+    Where all measured the same that is the average, with no rounding of the weights in it; a whole number of steps is one.
+    """
     if not updates:
         return {}
     p, first = shares(updates), updates[0].metrics
     names = [name for name in first if name != messages.CLIENT and all(name in u.metrics for u in updates)]
-    return {f"client_{name}": float(p @ np.array([u.metrics[name] for u in updates])) for name in names}
+    found: dict[str, float] = {}
+    for name in names:
+        values = [update.metrics[name] for update in updates]
+        average = values[0] if all(value == values[0] for value in values) else float(p @ np.array(values))
+        found[f"client_{name}"] = int(average) if name == STEPS and average == int(average) else average
+    return found
 
 
 def signal_to_noise(before: ServerState, updates: list[Update], measured: list[Update]) -> dict[str, float]:

@@ -106,6 +106,10 @@ class Wire(FlowerFedAvg):
         """Arrays of the names and shapes that further messages of a round bring, up and down; none as a rule."""
         return {}, {}
 
+    def moves(self, ranks: Sequence[int]) -> int | None:
+        """The rank that merging updates of these ranks adds to the base correction, until it is full; None: there is none."""
+        return None
+
     def _derivable(self, before: ServerState, state: ServerState) -> ServerState:
         """The state in the very numbers that clients derive: A from its rotation, to the last bit."""
         if not self.derive or "R" not in self.down or "R" in self.trains:

@@ -286,7 +286,7 @@ def test_a_checkpoint_of_other_settings_is_refused_with_the_difference(quick, mo
     folder = broken_off(quick(name="mine"), monkeypatch, 1)
     (folder / "config.json").unlink()  # the checkpoint knows its settings by itself
     before = sorted(folder.rglob("*"))
-    with pytest.raises(ConfigError, match=r"holds a run with other settings \(seed 0 → 5, train.lr 0.5 → 0.1\)"):
+    with pytest.raises(ConfigError, match=r"it has seed=0, train.lr=0.5, and you ask for seed=5, train.lr=0.1;"):
         experiment.run(quick(name="mine", seed=5, train__lr=0.1), 0.0)
     assert sorted(folder.rglob("*")) == before
     summary = experiment.run(quick(name="mine", engine__retries=5, checkpoint__every=3, checkpoint__keep=1), 0.0)

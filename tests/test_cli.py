@@ -38,7 +38,7 @@ def refused(capsys, *arguments: str) -> str:
         (["engine=rai"], "engine=rai is not known; did you mean ray?"),
         (
             ["-m", "engine=inline,ray"],
-            "results/engine=inline,ray/fedsvd would hold 2 cells of this sweep; sweep settings that "
+            "results/fedsvd,engine=inline,ray/fedsvd would hold 2 cells of this sweep; sweep settings that "
             "change numbers, and give no name or one for each cell",
         ),
         (["strategy=fedavg", "strategy.every=2"], "strategy.every is not a setting of fedavg; choose one of: init"),
@@ -121,7 +121,7 @@ def test_a_run_a_second_time_and_other_settings_under_its_name(tmp_path) -> None
     assert (folder / "summary.json").read_bytes() == written
     other = run_py(*arguments, "seed=5")
     assert other.returncode == 2
-    assert "holds a run with other settings (seed 0 → 5); choose another name, or overwrite=true" in other.stderr
+    assert "holds a run with other settings: it has seed=0, and you ask for seed=5; give the new run another" in other.stderr
     assert (folder / "summary.json").read_bytes() == written
 
 
@@ -129,10 +129,11 @@ def test_a_sweep_goes_on_past_a_failed_cell_and_skips_the_finished_ones(tmp_path
     arguments = ["-m", *FAST, "train.steps=3", "strategy=fedavg,fedsvd", "train.lr=0.1,1e30", f"results={tmp_path}"]
     first = run_py(*arguments)
     assert first.returncode == 1
-    folder = tmp_path / "strategy=fedavg,fedsvd_train.lr=0.1,1e30"
+    (folder,) = tmp_path.iterdir()
+    assert folder.name == "strategy=fedavg,fedsvd,train.lr=0.1,1e+30,clients=4,rounds=2,fraction=null,device=cpu,train.steps=3"
     statuses = {file.parent.name: json.loads(file.read_text())["status"] for file in folder.glob("*/summary.json")}
     assert sorted(statuses.values()) == ["failed", "failed", "finished", "finished"]
-    assert all(("1e+30" in name) == (status == "failed") for name, status in statuses.items())
+    assert all(("train.lr=1e+30" in name) == (status == "failed") for name, status in statuses.items())
     table = (folder / "table.csv").read_text().splitlines()
     assert len(table) == 5 and sum(",0,1," in line for line in table) == 2  # no finished seed, one failed
     again = run_py(*arguments)

@@ -23,7 +23,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from clients import app
 from clients.private import Mechanism
 from clients.task import Task
-from fedlora import data, experiment, messages, plan, sketch, workbench
+from fedlora import data, experiment, messages, sketch, traffic, workbench
 from fedlora.check import ConfigError, RunError
 from fedlora.config import Config, DatasetConfig, TrainConfig
 from fedlora.deploy import client, launch, node, preview, server
@@ -573,7 +573,7 @@ def test_the_preview_says_what_leaves_the_device_and_what_it_costs(folder, own, 
     bench = workbench.build(localised(own, config))
     strategy = experiment.make_strategy(config)
     state = experiment.initial_state(bench, strategy)
-    up = plan.bytes_up(state, strategy)
+    up = traffic.bytes_up(state, strategy)
     assert "20 examples" in said and f"{up / 1000:.1f} kB" in said and "8 arrays" in said
     assert "costs: ε = 2.9" in said and "4 steps)" in said and "for each record, added or removed" in said
     assert unbounded == [3_500_000_000] and "rank 256" in said and "3.5 GB of memory" in said
@@ -690,10 +690,10 @@ def test_the_plan_of_a_deployment_needs_no_examples(asked, capsys) -> None:
     estimate, noise = experiment.foretell(config)
     said = capsys.readouterr().out
     assert noise.startswith("σ = ") and noise.split(" = ")[1] in said
-    assert estimate.trainings == 4 and estimate.steps == 8 and math.isnan(estimate.seconds)
+    assert estimate.traffic.trainings == 4 and estimate.steps == 8 and math.isnan(estimate.seconds)
     strategy = experiment.make_strategy(config)
     state = experiment.initial_state(workbench.build(config), strategy)
-    assert estimate.up == 4 * plan.bytes_up(state, strategy)
+    assert estimate.up == 4 * traffic.bytes_up(state, strategy)
     assert "20 / 42 / 64" in said and "bytes of the run" in said and "time" not in said and "activations" not in said
 
 

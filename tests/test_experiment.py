@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora import experiment, records, report, sweep, workbench
+from fedlora import experiment, naming, records, report, sweep, workbench
 from fedlora.check import ConfigError, RunError
 from fedlora.config import Config
 from fedlora.evaluate import evaluate, macro_f1
+from fedlora.study import Study
 
 
 def rows_of(config) -> list[dict]:
@@ -117,13 +118,13 @@ def test_holdout_gives_the_spread_over_clients_and_keeps_those_examples_out_of_t
 
 def test_names_say_what_differs_and_only_what_can_change_a_number() -> None:
     usual = Config()
-    assert records.run_name(usual) == "fedsvd"
+    assert naming.run_name(usual) == "fedsvd"
     usual.engine.name, usual.results, usual.overwrite = "inline", "elsewhere", True
-    assert records.run_name(usual) == "fedsvd"
+    assert naming.run_name(usual) == "fedsvd"
     other = Config(strategy={"name": "fedsvd", "every": 2}, rounds=5)
-    assert records.run_name(other) == "fedsvd,strategy.every=2,rounds=5"
+    assert naming.run_name(other) == "fedsvd,strategy.every=2,rounds=5"
     other.dataset.path = "/a/very/long/path" * 20
-    assert len(records.run_name(other)) < 120 and "/" not in records.run_name(other)
+    assert len(naming.run_name(other)) < 120 and "/" not in naming.run_name(other)
 
 
 def test_a_configuration_survives_json_and_a_foreign_key_does_not() -> None:
@@ -135,9 +136,9 @@ def test_a_configuration_survives_json_and_a_foreign_key_does_not() -> None:
 
 def test_a_sweep_is_placed_in_one_folder_and_says_what_its_seeds_say() -> None:
     cells = [Config(seed=seed, rounds=rounds) for rounds in (3, 5) for seed in (0, 1, 2)]
-    placed = sweep.place(cells, ["rounds=3,5", "seed=0,1,2", "clients=50"])
-    assert {cell.results for cell in placed} == {"results/rounds=3,5_seed=0,1,2"}
-    assert len({records.run_name(cell) for cell in placed}) == 6
+    placed = Study.of(cells).cells
+    assert {cell.results for cell in placed} == {"results/fedsvd,seed=0,1,2,rounds=3,5"}
+    assert [cell.name for cell in placed] == [f"fedsvd,seed={seed},rounds={rounds}" for rounds in (3, 5) for seed in (0, 1, 2)]
     usual = {"status": "finished", "loss": 1.0, "bytes_up": 5, "bytes_down": 6, "seconds": 1.0}
     summaries = [usual | {"accuracy": value} for value in (0.5, 0.6, 0.7, 0.9, 0.9)] + [{"status": "failed"}]
     first, second = sweep.over_seeds(list(zip(placed, summaries, strict=True)))

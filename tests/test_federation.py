@@ -400,7 +400,7 @@ def test_another_experiment_of_the_name_and_another_run_at_work_are_refused(fede
     with pytest.raises(ConfigError):
         edge.run(capsys, seed=5)
     summary = json.loads(edge.sent.files.pop("summary.json"))
-    assert summary["status"] == "failed" and "holds a run with other settings (seed 0 → 5)" in summary["reason"]
+    assert summary["status"] == "failed" and "it has seed=0, and you ask for seed=5;" in summary["reason"]
     assert not edge.sent.files and not edge.sent.rows and sorted(edge.results.rglob("*")) == written
     monkeypatch.setattr(server, "STOPPING", 0.02)
     with disk.lock(edge.results / LOCK), pytest.raises(ConfigError):

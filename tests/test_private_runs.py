@@ -11,7 +11,7 @@ from flwr.app import ConfigRecord
 import strategies
 from clients.private import Mechanism
 from clients.task import Task, simulated_key
-from fedlora import cli, engines, experiment, lowrank, messages, plan, records, seeds, workbench
+from fedlora import cli, engines, experiment, guard, lowrank, messages, plan, records, seeds, workbench
 from fedlora.config import Config
 from fedlora.privacy.accounting import epsilon
 from tests.conftest import ROOT
@@ -37,12 +37,12 @@ def fit(cells: list[Config]) -> list[dict[str, np.ndarray]]:
         for cell in cells:
             grid.states.clear()  # what clients keep is a run's own
             bench, strategy = workbench.build(cell), experiment.make_strategy(cell)
-            state, guard = experiment.initial_state(bench, strategy), plan.guard(bench)
+            state, keeper = experiment.initial_state(bench, strategy), guard.make(bench)
             job = ConfigRecord({messages.EXPERIMENT: cell.to_json()})
-            if guard is not None:
-                strategy.admit, strategy.release = guard.admit, guard.release
-                guard.key = lambda purpose, round, *more: seeds.private_key(purpose, round)  # the cells' own would differ
-                job[messages.NOISE] = guard.noise_multipliers
+            if keeper is not None:
+                strategy.admit, strategy.release = keeper.admit, keeper.release
+                keeper.key = lambda purpose, round, *more: seeds.private_key(purpose, round)  # the cells' own would differ
+                job[messages.NOISE] = keeper.noise_multipliers
             strategy.start(grid, messages.pack(state.adapters, state.dense), cell.rounds, train_config=job)
             adapters, head = messages.fold(strategy.state.adapters, strategy.state.dense)
             for name, moved in strategy.state.base_correction.items():
@@ -116,8 +116,8 @@ def test_without_noise_and_bound_a_release_is_the_uniform_mean(small, sampling) 
 def sent(cell: Config) -> np.ndarray:
     """What the one client of a round of FFA-LoRA has trained, as one vector."""
     bench, strategy = workbench.build(cell), experiment.make_strategy(cell)
-    state, guard = experiment.initial_state(bench, strategy), plan.guard(bench)
-    job = ConfigRecord({messages.EXPERIMENT: cell.to_json(), messages.NOISE: guard.noise_multipliers})
+    state, keeper = experiment.initial_state(bench, strategy), guard.make(bench)
+    job = ConfigRecord({messages.EXPERIMENT: cell.to_json(), messages.NOISE: keeper.noise_multipliers})
     arrays, engine = messages.pack(state.adapters, state.dense), engines.make(cell)
     engine.run(lambda grid: strategy.start(grid, arrays, 1, train_config=job))
     engine.close()
@@ -252,7 +252,7 @@ def test_what_is_wrong_is_one_sentence_and_status_2(capsys, tmp_path, settings, 
 
 def cautions(config: Config) -> list[str]:
     bench, strategy = workbench.build(config), experiment.make_strategy(config)
-    rows = plan.derive(bench, strategy, experiment.initial_state(bench, strategy), plan.guard(bench))
+    rows = plan.derive(bench, strategy, experiment.initial_state(bench, strategy), guard.make(bench))
     return [f"{value} ({reason})" for name, value, reason in rows if name == "warning"]
 
 

@@ -56,9 +56,10 @@ def test_cells_side_by_side_give_the_numbers_of_inline_past_a_failed_one_and_are
     assert cli.main(ROOT / "configs", [*inline, f"results={tmp_path}/inline", "engine=inline"]) == 1
     there = numbers(tmp_path / "ray")
     assert len(there) == 4 and there == numbers(tmp_path / "inline")
-    kept = json.loads(next(tmp_path.glob("ray/sweep/fedsvd*0.1/config.json")).read_text())
+    (cell,) = tmp_path.glob("ray/sweep/fedsvd,train.lr=0.1,*")
+    kept = json.loads((cell / "config.json").read_text())
     assert kept["engine"]["name"] == "ray" and kept["engine"]["workers"] == 2
-    assert json.loads(next(tmp_path.glob("ray/sweep/fedsvd*0.1/env.json")).read_text())["command"][:2] == ["run.py", "-m"]
+    assert json.loads((cell / "env.json").read_text())["command"][:2] == ["run.py", "-m"]
     assert len((tmp_path / "ray" / "sweep" / "table.csv").read_text().splitlines()) == 1 + 4
     capsys.readouterr()
     assert cli.main(ROOT / "configs", [*inline, f"results={tmp_path}/ray", "engine=inline"]) == 1
@@ -151,8 +152,8 @@ def test_the_plan_of_a_sweep_has_a_row_a_cell_and_totals(tmp_path, capsys) -> No
     swept = ["privacy=record", "privacy.epsilon=3,inf", "privacy.accountant=rdp", "seed=1,2", "train.lr=0.1", "plan=true"]
     assert cli.main(ROOT / "configs", [*FAST, *swept, f"results={tmp_path}"]) == 0
     printed = capsys.readouterr().out
-    rows = lines(printed, "fedsvd,seed=")
-    assert len(rows) == 4 and sum("σ = 0 " in row for row in rows) == 2
+    rows = lines(printed, "fedsvd,seed=")  # what is swept comes first
+    assert len(rows) == 4 and sum("σ = 0 " in row and "privacy.epsilon=inf," in row for row in rows) == 2
     assert all(
         "139.3 kB  163.8 kB" in row for row in rows
     )  # 4 clients × 2 rounds × 8 arrays of 2,176 bytes, and of 384 more down

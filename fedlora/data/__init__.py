@@ -7,10 +7,12 @@ when it is called.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -63,6 +65,28 @@ class Dataset:
     """Names of the labels, in the order that `dataset.classes` or a ClassLabel says, else as `ordered` sorts them."""
     train: Examples
     test: Examples
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256, in hexadecimal, of the examples as they were read: texts or pixels, labels, groups, names of the classes."""
+        found = hashlib.sha256()
+        for part in (self.kind, *self.classes, "train", *_parts(self.train), "test", *_parts(self.test)):
+            content = part if isinstance(part, bytes) else part.encode("utf-8", "surrogatepass")
+            found.update(len(content).to_bytes(8, "big"))  # so that ("ab", "c") is not ("a", "bc")
+            found.update(content)
+        return found.hexdigest()
+
+
+def _parts(examples: Examples) -> Iterator[str | bytes]:
+    """All that training and tests see of the examples, in their order."""
+    arrays = [examples.inputs] if isinstance(examples.inputs, np.ndarray) else examples.inputs
+    for part in (*arrays, examples.labels):
+        if isinstance(part, str):
+            yield part
+        else:
+            yield f"{part.dtype.str} {part.shape}"
+            yield part.tobytes()
+    yield from ["no groups"] if examples.groups is None else ["groups", *map(str, examples.groups.tolist())]
 
 
 def names() -> list[str]:

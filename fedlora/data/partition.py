@@ -189,9 +189,13 @@ def split_off_test(labels: np.ndarray, share: float) -> tuple[np.ndarray, np.nda
     return np.sort(np.concatenate(train)), np.sort(np.concatenate(test))
 
 
+def held_out(n: int, share: float) -> int:
+    """How many of a client's n examples `holdout` holds out."""
+    return min(max(round(share * n), 1), n - 1) if share and n else 0
+
+
 def _hold_out(indices: np.ndarray, share: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    n = len(indices)
-    held = min(max(round(share * n), 1), n - 1) if share and n else 0
+    held = held_out(len(indices), share)
     shuffled = rng.permutation(indices)
     return np.sort(shuffled[held:]), np.sort(shuffled[:held])
 

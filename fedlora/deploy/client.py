@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -110,8 +111,10 @@ def _sums(arguments: argparse.Namespace) -> SecureSums | None:
 
 
 def _experiment(path: Path) -> Config:
+    from fedlora.records import settings_of
+
     try:
-        return Config.from_json(path.read_text(encoding="utf-8"))
+        return settings_of(json.loads(path.read_text(encoding="utf-8"))).checked()
     except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ConfigError(f"--experiment {path} is not a run's config.json ({str(error)[:200]})") from error
 

@@ -106,7 +106,7 @@ class Device:
         experiment, job, arrays = self._read(message)
         round, strategy = _round(job), experiment.strategy
         experiment.ensure_said(job, round, evaluating=True)
-        if not strategy.fraction_evaluate or round % strategy.evaluate_every:
+        if not strategy.evaluates(round):
             raise Refused(Reason.INCONSISTENT, f"an evaluation after round {round}, where the experiment has none")
         bench = self._bench(experiment, job)
         begun, name = experiment.begin(bench, job, arrays), identity_of(experiment, job)

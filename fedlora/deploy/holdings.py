@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from clients.task import local_steps, sampling_rate
 from fedlora.config import Config, DatasetConfig, EngineConfig, PartitionConfig
 from fedlora.data import ordered, partition
 from fedlora.deploy.reasons import Reason, Refused
+from fedlora.identity import resolved
 
 NOT_ASKED = (
     "name", "results", "overwrite", "plan", "save_merged", "deploy", "min_online", "patience", "device", "engine", "partition",
@@ -73,5 +74,5 @@ def identity(config: Config, lineage: str = "") -> str:
 
 def asked(config: Config) -> dict[str, Any]:
     """What an experiment asks of a device, whoever runs it and where."""
-    settings = {key: value for key, value in asdict(config).items() if key not in NOT_ASKED}
+    settings = {key: value for key, value in resolved(config).items() if key not in NOT_ASKED}
     return settings | {"model": settings["model"] | {"path": None}, "classes": ordered(config.dataset.classes)}

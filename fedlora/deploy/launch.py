@@ -37,7 +37,7 @@ def run(config: Config, project: Path) -> dict[str, Any]:
     `project` is the folder of pyproject.toml. Raises ConfigError before anything is started, RunError where the run fails;
     Ctrl-C stops the run there, with what has come of it.
     """
-    recorder = Recorder(config)
+    recorder = Recorder(config, launched=True)
     if not recorder.finished:
         with recorder.claim():
             return summary_of(recorder, project)

@@ -70,7 +70,7 @@ def experiment(own: Holdings, account: Account) -> None:
     """
     from clients import private, train  # noqa: F401  # Opacus takes a second to load
     from fedlora import experiment as whole
-    from fedlora import plan, workbench
+    from fedlora import plan, traffic, workbench
     from fedlora.participation import schedule
 
     config = localised(own, own.agreed or _usual(own))
@@ -86,9 +86,10 @@ def experiment(own: Holdings, account: Account) -> None:
     say(f"model: {config.model.path or config.model.name}, {size(weights)}; a step needs {size(needs)}, {size(free)} are free")
     if needs > free:
         raise ConfigError(f"a step of this model needs {size(needs)} and {size(free)} are free; close something")
-    arrays = strategy.sent_up(state, 1, None if strategy.ranks is None else strategy.ranks[own.client])
+    rank = None if strategy.ranks is None else strategy.ranks[own.client]
+    arrays = strategy.sent_up(state, 1, rank)
     name, array = next(iter(arrays.items()))
-    up, down = plan.bytes_up(state, strategy, own.client), plan.bytes_down(state, strategy, own.client)
+    up, down = traffic.bytes_up(state, strategy, rank), traffic.bytes_down(state, strategy, rank)
     usual = "" if own.agreed is not None else " (fedsvd at rank 8; the server may ask for other, --experiment pins it)"
     say(f"trains{usual}: {plan.trained(state, strategy):,} parameters on {examples} examples, {steps} steps a round")
     say(f"leaves the device in a round: {len(arrays)} arrays, such as {name} {array.shape}, {size(up)}; {size(down)} come")

@@ -30,7 +30,8 @@ from fedlora.config import Config, EngineConfig
 from fedlora.deploy.courier import HOME, Sender
 from fedlora.engines.inline import InlineEngine
 from fedlora.folder import SUMMARY
-from fedlora.records import Recorder, folder_name, run_name
+from fedlora.naming import folder_name, run_name
+from fedlora.records import Recorder
 from strategies import LoRAStrategy
 from strategies.rollcall import RollCall
 

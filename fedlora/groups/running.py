@@ -146,7 +146,7 @@ class EvaluateConfig:
 
     every: int = setting(
         1,
-        "evaluation every so many rounds; the central one also before the first and after the last",
+        "evaluation every so many rounds and after the last; the central one also before the first",
         takes=check.positive,
         most=1e9,
     )
