@@ -59,7 +59,7 @@ ALLOWED = {
     # Commands that try the private training path: they wire parts as cli does, and nothing imports them.
     "fedlora.privacy.audit": {
         "fedlora.check",
-        "fedlora.config", "fedlora.groups",
+        "fedlora.config",
         "fedlora.models",
         "fedlora.privacy.accounting",
         "fedlora.seeds",

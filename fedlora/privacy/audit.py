@@ -26,7 +26,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,7 +40,6 @@ from clients.task import Task, poisson, simulated_key
 from fedlora import check, seeds
 from fedlora.check import ConfigError
 from fedlora.config import TrainConfig
-from fedlora.groups import setting
 from fedlora.models.encode import Encoded
 from fedlora.privacy.accounting import epsilon
 
@@ -50,20 +49,24 @@ LOUD = 1000.0  # norm of a canary's gradient, in clips
 SHARES = (0.05, 0.1, 0.2, 0.45)  # of the canaries guessed to be in; none or as many are guessed to be out
 
 
+def _setting(default: float, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass(frozen=True)
 class Settings:
     """What is audited; every field is an argument of the command line."""
 
-    noise_multiplier: float = setting(4.0, "σ, the noise in a coordinate over the clip")
-    steps: int = setting(4, "steps of every client over all rounds; a multiple of rounds")
-    rounds: int = setting(2, "rounds over which the steps are spread evenly")
-    clients: int = setting(4, "clients among which the canaries are dealt out")
-    canaries: int = setting(1000, "records whose presence is guessed; more make the bound tighter")
-    sample_rate: float = setting(1.0, "q, the probability of a record to be in a step's batch")
-    clip: float = setting(1.0, "C, the bound on the norm of one record's gradient")
-    delta: float = setting(1e-5, "δ of the claim")
-    physical: int = setting(0, "examples of one forward pass at most; 0: all of a batch")
-    seed: int = setting(0, "seed of coins, batches and noise")
+    noise_multiplier: float = _setting(4.0, "σ, the noise in a coordinate over the clip")
+    steps: int = _setting(4, "steps of every client over all rounds; a multiple of rounds")
+    rounds: int = _setting(2, "rounds over which the steps are spread evenly")
+    clients: int = _setting(4, "clients among which the canaries are dealt out")
+    canaries: int = _setting(1000, "records whose presence is guessed; more make the bound tighter")
+    sample_rate: float = _setting(1.0, "q, the probability of a record to be in a step's batch")
+    clip: float = _setting(1.0, "C, the bound on the norm of one record's gradient")
+    delta: float = _setting(1e-5, "δ of the claim")
+    physical: int = _setting(0, "examples of one forward pass at most; 0: all of a batch")
+    seed: int = _setting(0, "seed of coins, batches and noise")
 
     def checked(self) -> Settings:
         """Itself; raises ConfigError, in one sentence, for a mechanism that cannot be."""
