@@ -42,7 +42,8 @@ from tests.conftest import ROOT
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LANGUAGES = {"sh", "python", "yaml", "text"}
 FOREIGN = ("flower-superlink", "flwr", "ray", "sleep", "sha256sum", "grep")  # programs whose arguments nobody checks here
-NO_SETTINGS = ("strategy.job", "train.tsv", "model.safetensors")  # written as settings are, and none
+FILE = re.compile(r"\.(py|json|yaml|tsv|safetensors)$")
+NO_SETTINGS = ("strategy.job",)  # a method
 TINY = ["rounds=1", "train.steps=2"]
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
@@ -238,7 +239,9 @@ def misnamed(span: str, names: set[str], options: dict[str, set[str]]) -> bool:
     for word in span.split():
         key, equals, value = word.partition("=")
         group, dot, rest = key.partition(".")
-        if not re.fullmatch(r"[a-z\d_.]+", key) or group not in options or key in NO_SETTINGS or (dot and not rest):
+        if not re.fullmatch(r"[a-z\d_.]+", key) or group not in options or (dot and not rest):
+            continue
+        if key in NO_SETTINGS or FILE.search(key):
             continue
         if dot and key not in names:
             return True
