@@ -73,7 +73,8 @@ def blocks(page: Path) -> list[Block]:
     for fence in FENCE.finditer(text):
         before = text[start : fence.start()]
         start, needs = fence.end(), NEEDS.search(before)
-        named = NAMED_FILE.findall(before) if fence[1] in ("python", "yaml") else []
+        said = before.strip().split("\n\n")[-1]  # the paragraph that leads to the block
+        named = NAMED_FILE.findall(said) if fence[1] in ("python", "yaml") and said.endswith(":") else []
         line = text.count("\n", 0, fence.start()) + 1
         found.append(Block(page, line, fence[1], fence[2], named[-1] if named else None, needs[1] if needs else None))
     return found
