@@ -40,7 +40,7 @@ class Config:
     clients: int = setting(50, "clients in the federation")
     rounds: int = setting(30, "communication rounds")
     clients_per_round: int | None = setting(None, "clients drawn each round, without replacement")
-    fraction: float | None = setting(0.2, "share of the clients drawn each round, two at least; not used with clients_per_round")
+    fraction: float | None = setting(0.2, "share of the clients drawn each round, two at least; not with clients_per_round")
     min_success: float = setting(0.5, "share of a round's clients that must return a usable update, else the run fails")
     round_timeout: float = setting(3600.0, "seconds to wait for a round's clients")
     deploy: str | None = setting(None, "name of the connection to a SuperLink, whose devices are the clients; none: simulate")

@@ -174,7 +174,7 @@ def conclude(config: Config, summary: dict[str, Any], label: str = "") -> None:
     """The outcome of a run that finished, or was stopped, and where it is; `label` goes in front."""
     folder = Path(config.results) / (config.name or records.run_name(config))
     if summary["status"] == "interrupted":
-        say(f"{label}{summary['reason']} after round {summary['rounds']} of {config.rounds}; the results so far are in {folder}")
+        say(f"{label}{summary['reason']} after round {summary['rounds']} of {config.rounds}; its results are in {folder}")
         return
     if summary["accuracy"] is not None:
         reached = f"accuracy {summary['accuracy_before']:.4f} before, {summary['accuracy']:.4f} after"
