@@ -11,7 +11,7 @@ import torch
 
 from fedlora import experiment, records, report, sweep, workbench
 from fedlora.check import ConfigError, RunError
-from fedlora.config import Config, from_dict, settings
+from fedlora.config import Config, settings
 from fedlora.evaluate import evaluate, macro_f1
 
 
@@ -190,18 +190,3 @@ def test_a_ctrl_c_that_a_callback_swallows_still_stops_the_run(small, monkeypatc
     summary = experiment.run(config, 0.0)
     assert (summary["status"], summary["rounds"]) == ("interrupted", 0) and len(rows_of(config)) == 1
     assert signal.getsignal(signal.SIGINT) is before
-
-
-@pytest.mark.parametrize(
-    ("clients", "settings", "drawn"),
-    [
-        (50, {}, 10),
-        (5, {}, 2),  # a fifth of them is one, and a cohort of one has nothing to average
-        (2, {"fraction": 0.1}, 2),
-        (1, {}, 1),
-        (5, {"fraction": None}, 5),
-        (5, {"clients_per_round": 1}, 1),
-    ],
-)
-def test_a_cohort_has_two_clients_at_least_unless_asked(clients, settings, drawn) -> None:
-    assert from_dict({"clients": clients} | settings).checked().cohort_size == drawn
