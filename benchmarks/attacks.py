@@ -45,8 +45,8 @@ MEANS = {
     "norm_filter": "server.mean=norm_filter",
 }
 HONEST = (
-    "", "partition.alpha=0.1", "partition=quantity", "partition=quantity partition.alpha=0.1", "train=adamw",
-    "partition.alpha=0.1 train=adamw",
+    "", "partition.alpha=0.1", "partition=quantity", "partition=quantity partition.alpha=0.1",
+    "train=adamw train.lr=0.002", "partition.alpha=0.1 train=adamw train.lr=0.002",
 )  # fmt: skip
 
 

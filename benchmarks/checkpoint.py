@@ -10,9 +10,9 @@ The arguments are those of run.py. Every round of the run has a checkpoint; the 
 
 from __future__ import annotations
 
+import argparse
 import logging
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -65,15 +65,19 @@ def of_states(number: int, folder: str) -> str:
     return f"the first, with all {number} states: {1000 * written.pop(0)[0]:.0f} ms"
 
 
-def main(arguments: list[str]) -> None:
+def main() -> None:
     """Print the medians."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="setting=value", help="settings of run.py")
+    parser.add_argument("--states", type=int, metavar="N", help="train nothing; N clients keep 24 kB each")
+    arguments = parser.parse_args()
     Checkpoints.save = timed  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
-        beside = of_states(int(arguments[1]), folder) if arguments[:1] == ["--states"] else of_a_run(arguments, folder)
+        beside = of_a_run(arguments.overrides, folder) if arguments.states is None else of_states(arguments.states, folder)
     seconds = [1000 * each for each, _ in written]
     spread = f"{statistics.median(seconds):.2g} ms ({min(seconds):.2g} to {max(seconds):.2g})"
     print(f"checkpoint: {spread}, {written[-1][1]:,} bytes at the end; {beside}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -26,6 +26,11 @@ class RunError(RuntimeError):
     """A run that cannot go on though its settings were right: one sentence, exit status 1."""
 
 
+def sentence(error: BaseException) -> str:
+    """What an exception says: its sentence alone where it is one of ours, else its class and its text."""
+    return str(error) if isinstance(error, ConfigError | RunError) else f"{type(error).__name__}: {error}"
+
+
 def exit_status(command: Callable[[], int]) -> int:
     """What a command returns; 2 for a ConfigError and 1 for a RunError, whose sentences are printed."""
     try:

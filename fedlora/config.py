@@ -46,7 +46,10 @@ class Config:
         None, "clients drawn each round, without replacement", takes=check.positive, most=1e7
     )
     fraction: float | None = setting(
-        0.2, "share of the clients drawn each round; none: all", takes=check.fraction, only="clients_per_round=null"
+        0.2,
+        "share of the clients drawn each round, two at least; none: all",
+        takes=check.fraction,
+        only="clients_per_round=null",
     )
     min_success: float = setting(
         0.5, "share of a round's clients that must return a usable update, else the run fails", takes=check.fraction
@@ -104,10 +107,10 @@ class Config:
 
     @property
     def cohort_size(self) -> int:
-        """Clients drawn each round."""
+        """Clients drawn each round: two at least, where there are two, unless `clients_per_round` says otherwise."""
         if self.clients_per_round is not None:
             return self.clients_per_round
-        return max(1, round(self.clients * (1.0 if self.fraction is None else self.fraction)))
+        return max(min(2, self.clients), round(self.clients * (1.0 if self.fraction is None else self.fraction)))
 
     @property
     def poisson(self) -> bool:

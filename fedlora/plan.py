@@ -45,7 +45,7 @@ def derive(bench: Workbench, strategy: LoRAStrategy, state: ServerState, guard: 
         *ranked(strategy),
         *labels.derived(bench.dataset),
         ("cohort", f"{config.cohort_size} of {config.clients} clients", "clients_per_round" if config.clients_per_round
-            else f"fraction {config.fraction:g}" if config.fraction is not None else "all"),
+            else f"fraction {config.fraction:g}, two at least" if config.fraction is not None else "all"),
         ("examples a client", f"{counts.min()} / {np.median(counts):g} / {counts.max()}",
             f"smallest / median / largest of {counts.sum()}, partition {config.partition.name}"),
         ("central test", f"{len(bench.dataset.test)} examples", "dataset.test" if config.dataset.test else

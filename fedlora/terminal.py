@@ -142,7 +142,7 @@ class Rounds(Bar):
         for client, reason in row.get("drops", {}).items():
             say(f"  client {client} dropped in round {row['round']}: {reason}")
         for client, reason in row.get("stops", {}).items():
-            say(f"  client {client} takes part no more from round {row['round']} on: it {reason}")
+            say(f"  client {client} takes no part from round {row['round']} on: it {reason}")
 
 
 class Cells(Bar):
@@ -175,13 +175,13 @@ def conclude(config: Config, summary: dict[str, Any], label: str = "") -> None:
     """The outcome of a run that finished, or was stopped, and where it is; `label` goes in front."""
     folder = Path(config.results) / (config.name or naming.run_name(config))
     if summary["status"] == "interrupted":
-        say(f"{label}{summary['reason']} after round {summary['rounds']} of {config.rounds}; what there is is in {folder}")
+        say(f"{label}{summary['reason']} after round {summary['rounds']} of {config.rounds}; its results are in {folder}")
         return
     if summary["accuracy"] is not None:
         reached = f"accuracy {summary['accuracy_before']:.4f} before, {summary['accuracy']:.4f} after"
     else:
         own = summary["client_accuracy"]
-        reached = "no test" if own is None else f"clients' own accuracy {own:.4f} after"
+        reached = "not tested," if own is None else f"clients' own accuracy {own:.4f} after"
     say(
         f"{label}{reached} {summary['rounds']} rounds; "
         f"up {size(summary['bytes_up'])}, down {size(summary['bytes_down'])}, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -12,6 +13,7 @@ from fedlora import messages, untrusted
 from fedlora.compression import Shapes
 from fedlora.untrusted import Malformed
 
+OUR_ERROR = re.compile(r"^(fedlora\.check\.)?(ConfigError|RunError): ")  # as a traceback ends
 MOST_EXAMPLES = 10**9  # that a client may claim in a reply
 MOST_METRICS, LONGEST_NAME, LARGEST = 100, 64, 1e30  # of the numbers that a client measures
 
@@ -36,9 +38,9 @@ def authored(replies: Iterable[Message], sent: Sequence[Message]) -> Iterator[tu
 
 
 def error_of(reply: Message) -> str:
-    """The last line of what a failed client says."""
+    """The last line of what a failed client says; of our own errors the sentence, without the class in front of it."""
     said = str(reply.error.reason or "")[-4096:].strip()
-    return said.splitlines()[-1] if said else "error"
+    return OUR_ERROR.sub("", said.splitlines()[-1]) if said else "error"
 
 
 def client_of(content: RecordDict) -> int | None:

@@ -1,5 +1,6 @@
 """The one-run audit: correct private steps stay below their claim, and every planted fault is refuted."""
 
+import dataclasses
 import sys
 import time
 
@@ -184,17 +185,29 @@ def test_the_command_line_prints_both_numbers_and_a_verdict(capsys, monkeypatch)
     assert capsys.readouterr().err == "error: steps=0 is out of range; it must be above 0\n"
 
 
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_has_usage_every_setting_and_the_exit_statuses(capsys, flag) -> None:
+    assert main([flag]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: python -m fedlora.privacy.audit [setting=value …]\n") and "exit status: 0 " in shown
+    for item in dataclasses.fields(Settings):
+        assert f"  {item.name} ({item.default:g}) " in shown and item.metadata["help"] in shown
+
+
 @pytest.mark.parametrize(
     ("argument", "sentence"),
     [
         ("canaries", "canaries is not a setting; write setting=value, such as canaries=1000"),
-        ("canary=5", "setting=canary is not known; did you mean canaries?"),
+        ("canary=5", "canary is not a setting; did you mean canaries?"),
         ("steps=four", "steps=four is not a whole number; write steps=4, for example"),
         ("delta=tiny", "delta=tiny is not a number; write delta=1e-05, for example"),
         ("delta=1", "delta=1.0 is out of range; it must be at least 0 and below 1"),
         ("sample_rate=nan", "sample_rate=nan is out of range; it must lie above 0 and be at most 1"),
         ("steps=5", "steps=5 cannot be spread over rounds=2; make it a multiple"),
         ("clients=2000", "clients=2000 is above canaries=1000; every client needs one"),
+        ("clip=inf", "clip=inf is out of range; it must be finite"),
+        ("canaries=1000000", "canaries=1000000 is out of range; it must lie between 1 and 10000"),
+        ("steps=1000000", "steps=1000000 is out of range; it must lie between 1 and 10000"),
     ],
 )
 def test_bad_arguments_get_one_sentence(argument, sentence) -> None:

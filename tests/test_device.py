@@ -293,6 +293,15 @@ def test_what_fails_within_the_training_says_no_more(made, asked, monkeypatch) -
     assert "batch_size (3)" in log(made) and len(device.account.rows) == 1
 
 
+def test_our_own_sentences_are_logged_without_a_class_in_front(made, asked, monkeypatch) -> None:
+    def fails(*_: object) -> None:
+        raise RunError("this device has trained nothing for a secure sum")
+
+    monkeypatch.setattr(app, "train", fails)
+    assert refusal(made()(sent(asked()), place())) is Reason.FAILED
+    assert log(made).endswith("not done (failed): this device has trained nothing for a secure sum")
+
+
 def test_a_log_line_is_one_line_and_short() -> None:
     assert printable("a\x1b[2Jb\nc" + "x" * 10**6)[:6] == "a [2Jb" and len(printable("x" * 10**6)) == 501
 

@@ -167,7 +167,7 @@ def test_what_was_counted_before_stays_counted_and_a_spent_budget_ends_the_run(t
         for round in rounds:
             assert guard.admit(round, [5]) == [5]
     assert UserLedger.load(path).rounds == guard.ledger.rounds == 3 and guard.spent()["epsilon_max"] <= 8.0
-    with pytest.raises(RunError, match=r"round 3: privacy.epsilon=8 is spent, .* rounds=3 releases"):
+    with pytest.raises(RunError, match=r"round 3: privacy.epsilon=8 is spent: .* rounds=3 releases"):
         guard.admit(3, [5])
     with pytest.raises(ConfigError, match="counts rounds with other noise or other cohorts"):
         UserGuard(config, print, UserLedger(guard.ledger.noise_multiplier, 10, 3, "none", 2))

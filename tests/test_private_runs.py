@@ -291,7 +291,7 @@ def test_a_client_that_stops_is_named_with_its_round_on_the_terminal_and_in_the_
     reason = f"has spent ε = {after[0]:.4g}, and 2 more steps would take it above privacy.epsilon={budget:g}"
     assert rows[2]["stops"] == {str(first): reason} and first not in rows[2]["cohort"]
     printed = capsys.readouterr().out
-    assert f"  client {first} takes part no more from round 2 on: it {reason}\n" in printed
+    assert f"  client {first} takes no part from round 2 on: it {reason}\n" in printed
     assert f"clients stop at ε = {budget:g}" in printed
     assert f"  ε {rows[1]['epsilon_max']:.2f}  up" in printed
 

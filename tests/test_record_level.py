@@ -60,7 +60,7 @@ def test_a_client_stops_before_it_would_exceed_its_budget() -> None:
             assert guard.admit(round, [0, 1]) == [0, 1]
             times += 1
     assert 1 <= times < 8 and guard.stopped == set(guard.stops) == {0, 1}
-    with pytest.raises(RunError, match=r"round 9: no client that was drawn may take part any more; raise"):
+    with pytest.raises(RunError, match=r"round 9: no drawn client may take part any more; raise"):
         guard.admit(9, [0, 1])
     assert guard.stops == {}  # each is told of once
     assert guard.ledger.epsilon(0, 1e-5) <= 4.0 < epsilon({(1.5, 0.25): 10 * (times + 1)}, 1e-5)
@@ -148,7 +148,7 @@ def test_the_ledger_is_on_disk_before_anything_is_sent(small) -> None:
 
 def test_a_run_whose_clients_have_all_spent_their_budget_ends_and_says_so(small) -> None:
     config = private(small, privacy__noise_multiplier=0.5, privacy__epsilon=3.0, rounds=20)
-    with pytest.raises(RunError, match=r"round \d+: no client that was drawn may take part any more"):
+    with pytest.raises(RunError, match=r"round \d+: no drawn client may take part any more"):
         experiment.run(config, 0.0)
     ledger = Ledger.from_json((records.Recorder(config).folder / "privacy.json").read_text())
     assert max(ledger.epsilons(1e-4).values(), default=0.0) <= 3.0

@@ -366,7 +366,14 @@ def test_a_factor_that_a_client_should_have_trained_is_not_silently_the_old_one(
 
 
 @pytest.mark.parametrize(
-    ("reason", "named"), [("Traceback\n  line\nValueError: 3\n", "ValueError: 3"), ("  ", "error"), ("", "error")]
+    ("reason", "named"),
+    [
+        ("Traceback\n  line\nValueError: 3\n", "ValueError: 3"),
+        ("Traceback\n  line\nfedlora.check.RunError: the sum is over\n", "the sum is over"),
+        ("ConfigError: data.csv does not exist", "data.csv does not exist"),
+        ("  ", "error"),
+        ("", "error"),
+    ],
 )
 def test_of_an_error_the_last_line_is_kept(reason: str, named: str) -> None:
     class Failing(StubGrid):

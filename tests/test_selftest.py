@@ -80,6 +80,14 @@ def test_as_a_command_it_passes_on_the_embedded_model_with_any_privacy_settings(
     assert done.stdout.count(": ok (") == len(FINE) and done.stderr == ""
 
 
+def test_help_has_usage_meaning_and_the_exit_statuses(capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        selftest.main(["--help"])
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0 and shown.startswith("usage: python -m fedlora.privacy.selftest [-h] [setting=value ...]")
+    assert "exit status: 0 " in shown and "python run.py --help" in shown and "`python -m" not in shown
+
+
 @pytest.mark.parametrize(("arguments", "words"), [
     (["clients=0"], ["clients=0", "above 0"]),
     (["seed=1,2"], ["seed=1,2"]),

@@ -154,26 +154,37 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("--model", default="vit_digits", metavar="MODEL", help="a Hugging Face folder, or vit_digits (default)")
     own.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     own.add_argument(
-        "--cache", type=float, default=1.0, metavar="GB", help="for what frozen blocks make of the examples (default: 1)"
+        "--cache", type=float, default=1.0, metavar="GB", help="memory for the outputs of frozen blocks (default: 1)"
     )
     own.add_argument("--state", type=Path, default=Path.home() / ".fedlora-client", metavar="FOLDER",
-        help="ledger, secret, and what it keeps from round to round (default: ~/.fedlora-client)")  # fmt: skip
+        help="ledger, secret and the client's own state (default: ~/.fedlora-client)")  # fmt: skip
     own.add_argument(
-        "--port", type=int, default=9094, help="of the SuperNode on 127.0.0.1; one each for devices on one machine"
+        "--port",
+        type=int,
+        default=9094,
+        help="port of its SuperNode on 127.0.0.1; devices on one machine need different ones (default: 9094)",
     )
     limits = parser.add_argument_group("limits, whatever the server asks for")
     limits.add_argument(
-        "--epsilon", type=float, required=True, metavar="ε", help="budget for everything it takes part in; inf: none"
+        "--epsilon",
+        type=float,
+        required=True,
+        metavar="ε",
+        help="budget for all experiments together; inf: no privacy is demanded",
     )
     limits.add_argument(
-        "--delta", type=float, default=1e-5, metavar="δ", help="of that budget, and the largest allowed (default: 1e-5)"
+        "--delta",
+        type=float,
+        default=1e-5,
+        metavar="δ",
+        help="δ of that budget, and the largest that an experiment may have (default: 1e-5)",
     )
     limits.add_argument(
-        "--clip", type=float, default=1.0, metavar="C", help="largest bound on a record's gradient (default: 1)"
+        "--clip", type=float, default=1.0, metavar="C", help="largest privacy.clip that an experiment may have (default: 1)"
     )
     limits.add_argument(
         "--adjacency", default="add_remove", choices=("add_remove", "replace"),
-        help="what ε is about: a record more or less (default), or another record in its place",
+        help="neighbours of ε: data with and without a record (default), or with another record in its place",
     )  # fmt: skip
     limits.add_argument("--max-steps", type=int, default=1000, metavar="N", help="local steps a round (default: 1000)")
     limits.add_argument(
@@ -194,8 +205,13 @@ def _parser() -> argparse.ArgumentParser:
         "--memory", type=float, default=Limits.memory / GIGABYTE, metavar="GB",
         help=f"of this process (default: half of the machine's, {Limits.memory / GIGABYTE:.3g})",
     )  # fmt: skip
-    limits.add_argument("--experiment", type=Path, metavar="FILE", help="config.json of the only experiment to take part in")
-    parser.add_argument("--check", action="store_true", help="check and say everything, and do not connect")
+    limits.add_argument(
+        "--experiment",
+        type=Path,
+        metavar="FILE",
+        help="config.json of the one experiment that the device takes part in; none: any within the limits",
+    )
+    parser.add_argument("--check", action="store_true", help="say what the device would do, and do not connect")
     return parser
 
 

@@ -15,6 +15,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, Message
 from clients import app, asked
 from clients.start import LASTING
 from fedlora import messages, workbench
+from fedlora.check import sentence
 from fedlora.config import CheckpointConfig
 from fedlora.deploy.account import EVALUATE, TRAIN, Account, Permit, Work
 from fedlora.deploy.experiment import Experiment
@@ -56,7 +57,7 @@ class Device:
         except Refused as refused:
             reason, details = refused.reason, str(refused)
         except Exception as error:
-            reason, details = Reason.FAILED, f"{type(error).__name__}: {error}"
+            reason, details = Reason.FAILED, sentence(error)
         self.say(printable(f"not done ({reason.name.lower()}): {details}"))
         return Message(Error(CLIENT_RAISED, reason.value), reply_to=message)
 

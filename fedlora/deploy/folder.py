@@ -26,4 +26,4 @@ def private(folder: Path, say: Callable[[str], object]) -> None:
         mode = stat.S_IMODE(found.st_mode)
         if mode & 0o077:
             path.chmod(mode & 0o700)
-            say(f"{path} could be read or written by others (mode {mode:o}); now by you alone")
+            say(f"{path} could be read or written by others (mode {mode:o}); it is now closed to them")

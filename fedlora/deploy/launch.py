@@ -50,7 +50,7 @@ def summary_of(recorder: Recorder, project: Path) -> dict[str, Any]:
     config, number, ended = recorder.config, underway(recorder), ""
     try:
         if number:
-            terminal.say(f"run {number} on the SuperLink of {config.deploy} still goes on, and is followed from here")
+            terminal.say(f"run {number} on the SuperLink of {config.deploy} still goes on; this command follows it")
             ended = bring(recorder, number)
         if not number or not recorder.summary():
             number = start(config, project)

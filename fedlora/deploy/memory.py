@@ -41,7 +41,7 @@ class Memory:
             try:
                 return _read(path)
             except (OSError, ValueError) as reason:
-                self.say(f"{path} is damaged and is not used ({reason}); what round {number} left on this device is lost")
+                self.say(f"{path} is damaged and is not used ({reason}); the state of round {number} on this device is lost")
                 disk.remove(path)
         return RecordDict()
 

@@ -49,7 +49,7 @@ def limits(account: Account) -> None:
     """Says what the owner allows, and what is spent of it."""
     allowed = account.limits
     if math.isinf(allowed.epsilon):
-        say("privacy: none demanded (--epsilon inf); an update may tell what is in the data")
+        say("privacy: none (--epsilon inf); updates may reveal what is in the data")
     else:
         left = f"spent so far: {account.spent:.4g} in {len(account.rows)} rounds"
         if math.isinf(account.spent):
@@ -57,7 +57,7 @@ def limits(account: Account) -> None:
         protected = NEIGHBOURS[allowed.adjacency]
         say(f"privacy: ε ≤ {allowed.epsilon:g} at δ = {allowed.delta:g} for each record, {protected}; {left}")
     say(
-        f"at most: clip {allowed.clip:g}, {allowed.steps} steps, rank {allowed.rank}, {allowed.threads} threads, "
+        f"limits: clip {allowed.clip:g}, {allowed.steps} steps, rank {allowed.rank}, {allowed.threads} threads, "
         f"{allowed.seconds:g} s a round, {size(allowed.memory)} of memory"
     )
     say(f"ledger and secret: {account.folder}")
@@ -90,14 +90,14 @@ def experiment(own: Holdings, account: Account) -> None:
     arrays = strategy.sent_up(state, 1, rank)
     name, array = next(iter(arrays.items()))
     up, down = traffic.bytes_up(state, strategy, rank), traffic.bytes_down(state, strategy, rank)
-    usual = "" if own.agreed is not None else " (fedsvd at rank 8; the server may ask for other, --experiment pins it)"
+    usual = "" if own.agreed is not None else " (fedsvd at rank 8; the server may ask for others, --experiment allows one)"
     say(f"trains{usual}: {plan.trained(state, strategy):,} parameters on {examples} examples, {steps} steps a round")
-    say(f"leaves the device in a round: {len(arrays)} arrays, such as {name} {array.shape}, {size(up)}; {size(down)} come")
+    say(f"sends in a round: {len(arrays)} arrays, such as {name} {array.shape}, {size(up)}; receives {size(down)}")
     told = "the number of examples, of steps and of seconds"
     if (own.agreed is None and math.isfinite(account.limits.epsilon)) or config.privacy.name == "record":
-        say(f"  besides: {told}; no loss, no accuracy")
+        say(f"also sends: {told}; no loss, no accuracy")
     else:
-        say(f"  besides: {told}, the loss" + (", the accuracy on what is held back" if config.evaluate.holdout else ""))
+        say(f"also sends: {told}, the loss" + (", the accuracy on held-out examples" if config.evaluate.holdout else ""))
     if own.agreed is not None and config.privacy.name == "record":
         rounds = schedule(config.seed, config.rounds, config.clients, config.cohort_size)[own.client]
         sigma = _sigma(config, rate, steps, rounds)

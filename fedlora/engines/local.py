@@ -14,6 +14,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora import interrupt
+from fedlora.check import sentence
 from fedlora.engines import load_app
 
 CLIENT_RAISED = 2  # Flower's error code for an exception in the ClientApp
@@ -163,7 +164,7 @@ def _call(app: Any, message: Message, state: RecordDict | None, clients: int) ->
 
 def raised(message: Message, error: Exception) -> Message:
     """The reply of a client whose ClientApp raised, with the exception's sentence."""
-    return Message(Error(CLIENT_RAISED, f"{type(error).__name__}: {error}"), reply_to=message)
+    return Message(Error(CLIENT_RAISED, sentence(error)), reply_to=message)
 
 
 def context_of(message: Message, clients: int, state: RecordDict | None = None) -> Context:

@@ -99,8 +99,8 @@ class UserGuard:
         """The whole cohort; the round is in the ledger when this returns. Raises RunError where the budget is spent."""
         if self.config.epsilon is not None and self.ledger.rounds >= self.run.rounds:
             raise RunError(
-                f"round {round}: privacy.epsilon={self.config.epsilon:g} is spent, since z is derived for rounds="
-                f"{self.run.rounds} releases, and rounds that were taken again are counted again; this is where the run ends"
+                f"round {round}: privacy.epsilon={self.config.epsilon:g} is spent: z was derived for rounds="
+                f"{self.run.rounds} releases, and a round that is repeated counts again; the run ends here"
             )
         self.ledger.rounds += 1
         self.save(self.ledger)

@@ -78,7 +78,7 @@ class Guard:
         if not allowed:
             new = "".join(f"; client {client} {why}" for client, why in list(self.stops.items())[:3])
             raise RunError(
-                f"round {round}: no client that was drawn may take part any more{new}; raise privacy.epsilon or "
+                f"round {round}: no drawn client may take part any more{new}; raise privacy.epsilon or "
                 "privacy.noise_multiplier, or take fewer rounds"
             )
         return allowed

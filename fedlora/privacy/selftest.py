@@ -1,11 +1,9 @@
-"""`python -m fedlora.privacy.selftest [setting=value …]`: whether DP-SGD does what it says on your model and your data.
+"""Whether DP-SGD does what it says on your model and your data.
 
-The settings are those of run.py, and the privacy settings among them may be left out. First what Opacus cannot do is
-refused, in one sentence that gives the reason and the cure. Then each check prints one line with its numbers. They go
-through the private training path itself (`clients.train`, `clients.private`), with dropout off; the clip bound is tried
-with the adapters' dropout, if there is any.
-
-Exit status 0: every check is ok; 1: one FAILED; 2: a refusal, or a setting, a file or a model to put right first.
+The settings are those of run.py, and the privacy settings among them may be left out. A model that Opacus cannot train
+privately is refused, in one sentence with the reason and the cure. Then each check prints one line with its numbers. The
+checks go through the private training path itself (`clients.train`, `clients.private`), with dropout off; the clip bound
+is tried with the adapters' dropout, if there is any.
 """
 
 from __future__ import annotations
@@ -32,6 +30,12 @@ from fedlora.privacy.refusals import trained
 from fedlora.workbench import Workbench
 
 CONFIGS = config_folder()
+EXAMPLES = """examples:
+  python -m fedlora.privacy.selftest                             # the embedded model and digits
+  python -m fedlora.privacy.selftest model=hf model.path=FOLDER dataset=files dataset.path=notes.csv dataset.text=text
+
+exit status: 0 every check is ok; 1 a check FAILED; 2 the model is refused, or a setting or a file is wrong.
+"""
 RECORDS = 8  # of different lengths, that the checks look at
 NOBODY = 1e-9  # an expected batch size with which a step draws no record
 ONE_STEP = {"steps": 1, "epochs": None, "warmup": 0.0, "schedule": "constant"}
@@ -52,9 +56,13 @@ class Check:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the self-test that the command line asks for. Returns the exit status."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m fedlora.privacy.selftest", description=__doc__, formatter_class=raw)
-    parser.add_argument("overrides", nargs="*", help="settings as for run.py, such as model=hf model.path=FOLDER")
+    parser = argparse.ArgumentParser(
+        "python -m fedlora.privacy.selftest", description=__doc__, epilog=EXAMPLES, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument(
+        "overrides", nargs="*", metavar="setting=value", help="settings of run.py (python run.py --help); none: the defaults"
+    )
     try:
         (overrides,) = cli.expand(parser.parse_args(argv).overrides, multirun=False)
         return report(workbench.build(cli.compose(CONFIGS, overrides)))
