@@ -123,6 +123,13 @@ class Config:
         return bool(self.deploy) and self.privacy.name != "none"
 
     @property
+    def for_devices(self) -> Config:
+        """The experiment without what is no device's affair: the server's paths and names, and the sizes of other clients."""
+        partition = dataclasses.replace(self.partition, sizes=[0] * len(self.partition.sizes))
+        dataset = dataclasses.replace(self.dataset, path=None, test=None)
+        return dataclasses.replace(self, name=None, results="", deploy="yes", partition=partition, dataset=dataset)
+
+    @property
     def identity(self) -> str:
         """A digest of every setting that can change a number: the same in any process, on any engine, after a resume."""
         from fedlora.identity import digest  # knows the strategies, whose settings have defaults too; they load Flower

@@ -156,7 +156,7 @@ class Course:
         arrays = messages.pack(state.adapters, state.dense, correction=state.base_correction)
         if self.last:
             self.strategy.go_on(self.done, state, self.initial.adapters)
-        job = ConfigRecord({messages.EXPERIMENT: (told(config) if config.deploy else config).to_json()})
+        job = ConfigRecord({messages.EXPERIMENT: (config.for_devices if config.deploy else config).to_json()})
         if config.deploy:
             job[messages.BASE], job[messages.LINEAGE] = self.bench.model.digest, self.checkpoints.lineage
             if self.strategy.sum_of:
@@ -247,13 +247,6 @@ def books(recorder: Recorder, keeper: Keeper, last: Checkpoint | None) -> Releas
         if said := released.recall(last, begun, idle):
             terminal.say(said)
     return released
-
-
-def told(config: Config) -> Config:
-    """The experiment without what is no device's affair: the server's paths and names, and the sizes of other clients."""
-    partition = replace(config.partition, sizes=[0] * len(config.partition.sizes))
-    dataset = replace(config.dataset, path=None, test=None)
-    return replace(config, name=None, results="", deploy="yes", partition=partition, dataset=dataset)
 
 
 def initial_state(bench: Workbench, strategy: LoRAStrategy) -> ServerState:
