@@ -72,7 +72,7 @@ class Config:
         takes=partial(check.one_of, ("auto", "cpu", "cuda")),
     )
     threads: int = setting(
-        1, "torch threads a process; part of the numbers, since it orders sums", takes=check.positive, most=512
+        1, "torch threads a process; changes the order of sums, so results may differ", takes=check.positive, most=512
     )
     aggregation: str = setting(
         "plain",

@@ -21,10 +21,10 @@ class ModelConfig:
     )
     dtype: str = setting(
         "float32",
-        "of the frozen base: float32, or bfloat16 (adapters, gradients and noise stay float32)",
+        "precision of the frozen base: float32 or bfloat16 (adapters, gradients and noise stay float32)",
         takes=partial(check.one_of, ("float32", "bfloat16")),
     )
-    dropout: bool = setting(False, "the base's own dropout acts in training too; off: its features are fixed", only="model=hf")
+    dropout: bool = setting(False, "the checkpoint's own dropout acts in training", only="model=hf")
     head: Any = setting(
         "auto", "the checkpoint's own head: auto (by class names), position, new, or a map {its class: ours}", only="model=hf"
     )
@@ -80,7 +80,7 @@ class PartitionConfig:
     shards_per_client: int = setting(
         2, "label-sorted shards that each client gets", takes=check.positive, most=1e6, only="partition=shards"
     )
-    min_examples: int = setting(2, "floor on the examples of a client", takes=check.positive, most=1e9, only="partition!=own")
+    min_examples: int = setting(2, "fewest examples of a client", takes=check.positive, most=1e9, only="partition!=own")
     sizes: list[int] = setting([], "the number of each client's examples, as the devices tell it", only="partition=own")
 
 

@@ -36,7 +36,7 @@ class ServerConfig:
 
     mean: str = setting(
         "weighted",
-        "of updates: weighted, median, trimmed (both coordinate by coordinate), or norm_filter",
+        "how updates are averaged: weighted, median, trimmed (both coordinate by coordinate), or norm_filter",
         takes=partial(check.one_of, ("weighted", "median", "trimmed", "norm_filter")),
     )
     trim: float = setting(0.1, "share of the clients cut off at each end", takes=check.below_half, only="server.mean=trimmed")
@@ -48,19 +48,19 @@ class ServerConfig:
     )
     max_weight: float = setting(
         1.0,
-        "largest share of a cohort's weight that one client may have; 1: as its examples say",
+        "largest share of a cohort's weight that one client may have; 1: no bound",
         takes=check.fraction,
         only=("server.mean=weighted", "privacy!=user"),
     )
     max_update: float = setting(
         100.0,
-        "an update longer than this many times the cohort's median is dropped; inf: none is",
+        "an update longer than this many times the cohort's median is dropped; inf: no bound",
         takes=check.positive,
         only=("privacy!=user", "aggregation=plain"),
     )
     optimizer: str = setting(
         "none",
-        "of the server, on the merged factors: none, momentum (FedAvgM) or adam (FedAdam)",
+        "server optimiser, on the merged factors: none, momentum (FedAvgM) or adam (FedAdam)",
         takes=partial(check.one_of, ("none", "momentum", "adam")),
     )
     lr: float = setting(
@@ -79,7 +79,7 @@ class ServerConfig:
     )
     tau: float = setting(
         1e-3,
-        "what is added to the root of the second moment",
+        "constant added to the root of the second moment",
         takes=check.positive,
         most=FINITE,
         only="server.optimizer=adam",
@@ -116,13 +116,13 @@ class PrivacyConfig:
     )
     participation: str = setting(
         "schedule",
-        "the rounds that σ is derived for: schedule, worst, or expected",
+        "rounds that σ counts: schedule, worst, or expected",
         takes=partial(check.one_of, ("schedule", "worst", "expected")),
         only=("privacy=record", "privacy.noise_multiplier=null"),
     )
     adjacency: str = setting(
         "add_remove",
-        "neighbours differ in one that adds nothing (add_remove) or is another (replace)",
+        "neighbours: with and without one (add_remove), or with another in its place (replace)",
         takes=partial(check.one_of, ("add_remove", "replace")),
         only="privacy=record|user",
     )
@@ -146,7 +146,7 @@ class EvaluateConfig:
 
     every: int = setting(
         1,
-        "evaluation every so many rounds and after the last; the central one also before the first",
+        "rounds from one evaluation to the next; there is one after the last too, the central one also before the first",
         takes=check.positive,
         most=1e9,
     )
@@ -162,13 +162,13 @@ class CheckpointConfig:
 
     every: int = setting(
         1,
-        "a checkpoint every so many rounds, which the same command goes on from; 0: none",
+        "rounds from one checkpoint to the next; 0: none",
         takes=check.not_negative,
         most=1e9,
     )
     keep: int = setting(
         2,
-        "checkpoints kept, so that one that is damaged has one before it",
+        "checkpoints that are kept",
         takes=check.positive,
         most=1000,
         only="checkpoint.every",
@@ -207,7 +207,7 @@ class EngineConfig:
     )
     prefix_cache: float = setting(
         1.0,
-        "GB a process may keep of what the blocks below all adapters make of examples; 0: none",
+        "GB a process may keep of the outputs of the blocks below all adapters; 0: none",
         takes=check.not_negative,
         most=1e6,
         only="deploy=null",
