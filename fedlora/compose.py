@@ -153,14 +153,20 @@ def _named(folder: Path, config: Config) -> set[str]:
 
 
 def _refuse_unread(cells: list[list[Override]], configs: list[Config], failing: list[dict[str, Condition]]) -> None:
-    """Raises ConfigError for the first setting that was given, not as null, and that no cell reads."""
+    """Raises ConfigError for a setting that was given, not as null, and that no cell reads.
+
+    Of several it is one that names the option which would read it: that option may read the others too.
+    """
+    refusals = []
     for place, override in enumerate(cells[0]):
         name = override.key_or_group
         name = f"{name}.name" if name in GROUPS else name
         if all(name in names for names in failing) and any(cell[place].value() is not None for cell in cells):
             condition = failing[0][name]
             other = None if condition.key == MULTIRUN else value_of(configs[0], reads.full(condition.key))
-            raise reads.refuse(override.key_or_group, _value(override), condition, other)
+            refusals.append((condition.negated, reads.refuse(override.key_or_group, _value(override), condition, other)))
+    if refusals:
+        raise min(refusals, key=lambda refusal: refusal[0])[1]
 
 
 def _own_settings(cells: list[list[Override]], configs: list[Config]) -> list[Config]:

@@ -79,6 +79,14 @@ def test_a_head_for_other_classes_is_refused_with_the_settings_that_decide(bert,
     assert ("model.head=position" in said) == ("model.head={" in said) == (len(own) == len(classes))
 
 
+def test_no_map_is_proposed_that_cannot_be_typed(bert, classifier) -> None:
+    classifier(["gut", "schlecht, öde"])
+    with pytest.raises(ConfigError) as error:
+        models.load(ModelConfig("hf", str(bert)), reviews(["0", "1"], [0] * 5), 0)
+    said = str(error.value)
+    assert "gut, 'schlecht, öde'" in said and "model.head=position" in said and "model.head={" not in said
+
+
 def test_a_map_and_the_position_say_what_the_heads_classes_are(bert, classifier) -> None:
     answers = classifier(["NEGATIVE", "POSITIVE"])
     assert accuracy(bert, reviews(["0", "1"], answers), head={"NEGATIVE": 0, "POSITIVE": 1}) == 1.0

@@ -25,6 +25,8 @@ READ = {
     "model.path=m": (("model=hf",), (), "model=vit_digits; set model=hf"),
     "model.max_length=9": (FILES, (), "dataset=digits; remove"),
     "model.dropout=true": (("model=hf", "model.path=m"), (), "set model=hf"),
+    "model.head=new": (("model=hf", "model.path=m"), (), "set model=hf"),
+    "model.max_unknown=0.5": (("model=hf", "model.path=m", *FILES), (), "set model=hf"),
     "dataset.path=y.csv": (FILES, (), "dataset=digits; set dataset=files or dataset=hub"),
     "dataset.subset=s": (HUB, FILES, "dataset=files; set dataset=hub"),
     "dataset.train_split=s": (HUB, FILES, "set dataset=hub"),
@@ -127,6 +129,11 @@ def test_a_setting_is_taken_where_it_is_read_and_refused_where_it_is_not(given) 
         sentence = refusal(*ignored, given)
         assert sentence.startswith(f"{given} is not read with"), sentence
         assert words in sentence and sentence.endswith((f"remove {name}", "remove one of them"))
+
+
+def test_of_several_settings_that_are_not_read_the_sentence_names_the_option_that_reads_them() -> None:
+    with pytest.raises(ConfigError, match="dataset.path=x.csv is not read with dataset=digits; set dataset=files"):
+        compose_all(config_folder(), [["model.max_length=64", "dataset.path=x.csv", "dataset.text=t"]])
 
 
 def test_null_unsets_what_is_not_read_and_what_a_file_sets_is_let_go() -> None:

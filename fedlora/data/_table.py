@@ -74,9 +74,9 @@ class Table:
         if inside:
             return f"which has columns inside it; name one of: {labels.listed(inside)}"
         near = check.suggest(name, map(labels.plain, self.names))
-        if near.startswith("choose"):
-            return f"which has no column like it; choose one of: {labels.listed(self.names)}"
-        return f"which has {labels.listed(self.names)}; {near}"
+        if near.startswith("did you mean"):
+            return f"which has {labels.listed(self.names)}; {near}"
+        return f"which has no column like it; choose one of: {labels.listed(self.names)}"
 
     def words(self, setting: str, name: str) -> list[str]:
         """The column as text."""

@@ -48,11 +48,12 @@ def _parquet(source: str, content: bytes, config: DatasetConfig) -> Columns:
     from pyarrow import parquet
 
     try:
-        table = parquet.ParquetFile(pyarrow.BufferReader(content)).read()
+        # Threads of pyarrow may still be starting when a refused command ends, which then aborts.
+        table = parquet.ParquetFile(pyarrow.BufferReader(content)).read(use_threads=False)
         while any(pyarrow.types.is_struct(column.type) for column in table.columns):
             table = table.flatten()
     except Exception as error:  # of pyarrow, and of whatever it meets in a damaged file
-        raise ConfigError(f"{source} is not a Parquet file, or a damaged one ({one_line(error)}); write it again") from error
+        raise ConfigError(f"{source} is not a Parquet file, or a damaged one ({one_line(error)}); write it again, or rename it if it holds something else") from error
     return table.column_names, lambda name: table.column(name).to_pylist()
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from fedlora import check
 from fedlora.check import ConfigError
+from fedlora.data import labels
 
 HEADS = ("auto", "position", "new")
 NONE = "the checkpoint has none for these classes"
@@ -85,10 +86,12 @@ def _by_name(path: str, own: Sequence[str], classes: Sequence[str]) -> Placed:
         return Placed([*classes], True, f"the checkpoint has one without names; its classes are taken as {listed(classes)}")
     if not as_many and (all(numbers) or not set(names) & set(known)):
         return Placed([*classes], False, NONE)  # another task, another head
-    maps = "say which is which by 'model.head={%s}', or model.head=position where they stand in the same order; or "
+    typed = all(re.fullmatch(r"[\w .-]+", name) for name in own)  # Hydra's grammar has no other keys
+    maps = ("say which is which by 'model.head={%s}', or " % ",".join(f"{name}:…" for name in own[:2])) if typed else ""
+    position = "set model.head=position where they stand in the same order; or "
     refusal = (
         f"model.path={path} has a head for the classes {listed(own)}, and the data have {listed(classes)}; "
-        + (maps % ",".join(f"{name}:…" for name in own[:2]) if as_many else "")
+        + (maps + position if as_many else "")
         + "draw a new head by model.head=new"
     )
     return Placed([*classes], False, NONE, refusal)
@@ -116,8 +119,8 @@ def plain(name: str) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """The first few names."""
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    """The first few names, in their order."""
+    return ", ".join(map(labels.plain, names[:_SHOWN])) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 _MATCHED = "the checkpoint has one; its classes are matched by name"
