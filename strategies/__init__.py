@@ -19,7 +19,7 @@ from fedlora.check import ConfigError
 from fedlora.messages import ServerState, Update
 from strategies.base import FlowerFedAvg, LoRAStrategy
 
-MOST = 1e9  # that a number of a strategy's own settings may be
+MOST = 1e9  # that a whole number of a strategy's own settings may be
 
 _CLASSES: dict[str, type[LoRAStrategy]] = {}
 for _module in pkgutil.iter_modules(__path__):
@@ -101,6 +101,5 @@ def _check_type(name: str, value: Any, setting: Setting) -> None:
         raise ConfigError(
             f"{name}={check.shown(value)} is of the wrong type; it takes {wanted.__name__} (default {setting.default})"
         )
-    if wanted in (int, float):
-        check.finite(**{name: value})
+    if wanted is int:
         check.at_most(MOST, **{name: value})

@@ -362,6 +362,7 @@ def sizes(monkeypatch) -> list[int]:
 @pytest.mark.parametrize("name", strategies.names())
 def test_every_strategy_ends_in_the_same_state(small, sizes, name, privacy) -> None:
     settings = {"strategy": {"name": name}, "adapter__train_head": True, "adapter__dropout": 0.1, "rounds": 3}
+    settings |= {"train__lr": 0.1}  # at 0.5 training amplifies rounding, by more or less on one processor or another
     settings |= {"evaluate__holdout": 0.2} if strategies.strategy_class(name).personal else {}
     if privacy == "record":
         settings |= {"privacy__name": "record", "privacy__noise_multiplier": 1.0, "privacy__clip": 0.5}

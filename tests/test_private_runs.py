@@ -214,7 +214,7 @@ PRIVATE = ("engine=inline", "device=cpu", "clients=4", "clients_per_round=2", "r
     ("settings", "sentence"),
     [
         (
-            ("privacy=record", "privacy.epsilon=6", "model.dropout=true"),
+            ("privacy=record", "privacy.epsilon=6", "model=hf", "model.path=x", "model.dropout=true"),
             "model.dropout=true draws masks for places in a batch, so that one record moves the gradients of others; with "
             "privacy=record set it to false (adapter.dropout works, record by record)",
         ),

@@ -65,7 +65,8 @@ class Readout:
         self.block = nn.Module()
         self.place: Place = first
         self.batch: Batch = {}  # the one that a pass is made for
-        self.padding: int | None = getattr(model.peft.config.get_text_config(), "pad_token_id", None)
+        config = getattr(model.base.model, "config", None)  # a model of somebody's own may have none
+        self.padding: int | None = None if config is None else getattr(config.get_text_config(), "pad_token_id", None)
         lengths = examples.lengths()
         order = np.argsort(lengths) if lengths is not None else np.arange(len(examples))
         if len(examples) and len(found := blocks(model)[0]):
