@@ -158,8 +158,11 @@ def _refuse_unread(cells: list[list[Override]], configs: list[Config], failing: 
     Of several it is one that names the option which would read it: that option may read the others too.
     """
     refusals = []
+    last = {override.key_or_group: place for place, override in enumerate(cells[0])}  # which counts of one given twice
     for place, override in enumerate(cells[0]):
         name = override.key_or_group
+        if place != last[name]:
+            continue
         name = f"{name}.name" if name in GROUPS else name
         if all(name in names for names in failing) and any(cell[place].value() is not None for cell in cells):
             condition = failing[0][name]

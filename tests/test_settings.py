@@ -136,6 +136,11 @@ def test_of_several_settings_that_are_not_read_the_sentence_names_the_option_tha
         compose_all(config_folder(), [["model.max_length=64", "dataset.path=x.csv", "dataset.text=t"]])
 
 
+def test_of_a_setting_that_is_given_twice_the_last_counts() -> None:
+    assert cells("privacy.noise_multiplier=1", "privacy.noise_multiplier=null")[0].privacy.noise_multiplier is None
+    assert "privacy.noise_multiplier=2" in refusal("privacy.noise_multiplier=null", "privacy.noise_multiplier=2")
+
+
 def test_null_unsets_what_is_not_read_and_what_a_file_sets_is_let_go() -> None:
     (config,) = cells("train.epochs=2", "train.steps=null", "clients_per_round=3", "fraction=null")
     assert config == cells("train.epochs=2", "clients_per_round=3")[0]
