@@ -132,7 +132,7 @@ def test_a_setting_is_taken_where_it_is_read_and_refused_where_it_is_not(given) 
 
 
 def test_of_several_settings_that_are_not_read_the_sentence_names_the_option_that_reads_them() -> None:
-    with pytest.raises(ConfigError, match="dataset.path=x.csv is not read with dataset=digits; set dataset=files"):
+    with pytest.raises(ConfigError, match=r"dataset\.path=x\.csv is not read with dataset=digits; set dataset=files"):
         compose_all(config_folder(), [["model.max_length=64", "dataset.path=x.csv", "dataset.text=t"]])
 
 

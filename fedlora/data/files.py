@@ -53,7 +53,8 @@ def _parquet(source: str, content: bytes, config: DatasetConfig) -> Columns:
         while any(pyarrow.types.is_struct(column.type) for column in table.columns):
             table = table.flatten()
     except Exception as error:  # of pyarrow, and of whatever it meets in a damaged file
-        raise ConfigError(f"{source} is not a Parquet file, or a damaged one ({one_line(error)}); write it again, or rename it if it holds something else") from error
+        reason = f"{source} is not a Parquet file, or a damaged one ({one_line(error)})"
+        raise ConfigError(f"{reason}; write it again, or rename it if it holds something else") from error
     return table.column_names, lambda name: table.column(name).to_pylist()
 
 

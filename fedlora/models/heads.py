@@ -87,7 +87,8 @@ def _by_name(path: str, own: Sequence[str], classes: Sequence[str]) -> Placed:
     if not as_many and (all(numbers) or not set(names) & set(known)):
         return Placed([*classes], False, NONE)  # another task, another head
     typed = all(re.fullmatch(r"[\w .-]+", name) for name in own)  # Hydra's grammar has no other keys
-    maps = ("say which is which by 'model.head={%s}', or " % ",".join(f"{name}:…" for name in own[:2])) if typed else ""
+    pairs = ",".join(f"{name}:…" for name in own[:2])
+    maps = f"say which is which by 'model.head={{{pairs}}}', or " if typed else ""
     position = "set model.head=position where they stand in the same order; or "
     refusal = (
         f"model.path={path} has a head for the classes {listed(own)}, and the data have {listed(classes)}; "
