@@ -415,8 +415,8 @@ def test_another_experiment_of_the_name_and_another_run_at_work_are_refused(fede
 def test_the_same_command_follows_the_run_that_still_goes_on(small, tmp_path, monkeypatch, capsys) -> None:
     """Its earlier process was killed: nothing is started a second time, and the records are whole."""
     config = small(name="edge", deploy="here", partition__name="own", dataset__name="files", dataset__text="t",
-        dataset__classes=["a"])  # fmt: skip
-    recorder = Recorder(config)
+        dataset__classes=["a", "b"])  # fmt: skip
+    recorder = Recorder(config, launched=True)
     with recorder.claim():
         recorder.begin()
         recorder.round({"round": 0})
