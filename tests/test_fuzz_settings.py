@@ -12,7 +12,7 @@ from unittest.mock import patch
 import pytest
 
 import clients.cost
-from fedlora import cli, workbench
+from fedlora import cli, resident, workbench
 from fedlora.config import GROUPS, Config, declared
 from fedlora.reads import unread
 from tests.conftest import ROOT
@@ -71,8 +71,8 @@ def reads():
 
 def read_by(arguments: list[str]) -> set[str]:
     """The settings that a small run with these settings reads for something."""
-    for resident in (clients.cost, workbench):  # what this process has read before
-        for function in vars(resident).values():
+    for module in (clients.cost, resident, workbench):  # what this process has read before
+        for function in vars(module).values():
             getattr(function, "cache_clear", int)()
     with reads() as read, patch("fedlora.experiment.report.draw", lambda *_: None, create=True):
         status, out, err = commands.run([*fuzz.SMALL, *arguments])
