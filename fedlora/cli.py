@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fedlora import check, interrupt
 from fedlora.compose import compose as compose  # for those who make a configuration from a command line
@@ -40,9 +40,8 @@ def main(configs: Path, argv: Sequence[str] | None = None) -> int:
     0: done; 1: a run failed; 2: a setting, a file or a model must be put right first; 130: stopped by Ctrl-C,
     143 by SIGTERM.
     """
-    arguments = _parser().parse_intermixed_args(argv)
     try:
-        return check.exit_status(lambda: _command(configs, arguments))
+        return check.exit_status(lambda: _command(configs, _parser().parse_intermixed_args(argv)))
     except BrokenPipeError:  # `--help | head`: nobody reads on, which is no fault
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -194,8 +193,15 @@ def _all_of(some: list[str], every: list[str]) -> str:
     return ", ".join(some) if len(some) <= len(others) else f"all but {', '.join(others)}"
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaint is one sentence, as of a setting."""
+
+    def error(self, message: str) -> NoReturn:
+        raise check.ConfigError(f"{message}; {check.command()} --help lists the flags")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=check.command(), add_help=False, allow_abbrev=False)
+    parser = _Parser(prog=check.command(), add_help=False, allow_abbrev=False)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--version", action="store_true")

@@ -111,7 +111,7 @@ def test_small_runs_of_any_settings_end_in_a_sentence(tmp_path) -> None:
 def test_odd_data_files_are_read_or_refused_in_a_sentence(tmp_path) -> None:
     with tables.part(tmp_path) as case:
         came = counted(case, 4)
-    assert came["refused"] > 20 and came["read"] > 20
+    assert came["refused"] > 20 and came["read"] > 5
 
 
 def test_damaged_model_folders_are_read_or_refused_in_a_sentence(tmp_path) -> None:
