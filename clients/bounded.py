@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from clients.cohort import Cohort, Member
 from clients.private import hooks
 from clients.task import Task
+from fedlora import check
 from fedlora.check import ConfigError
 from fedlora.lowrank import Pair
 from fedlora.messages import rotation
@@ -131,8 +132,9 @@ def per_example(bench: Workbench, trains: str, batches: Sequence[np.ndarray]) ->
         with hooks(bench.model):
             found = [backward(bench, batch, "grad_sample") for batch in batches]
     except (AttributeError, IndexError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"Opacus finds no per-example gradients ({reason}); change adapter.target_modules") from error
+        raise ConfigError(
+            f"Opacus finds no per-example gradients ({check.reason(error)}); change adapter.target_modules"
+        ) from error
     for batch, arrays in zip(batches, found, strict=True):
         for name, rows in arrays.items():
             if len(rows) != len(batch):

@@ -31,6 +31,13 @@ def sentence(error: BaseException) -> str:
     return str(error) if isinstance(error, ConfigError | RunError) else f"{type(error).__name__}: {error}"
 
 
+def reason(error: BaseException, length: int = 200) -> str:
+    """The first line of what a library's error says, at most `length` characters; its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    text = lines[0].rstrip(".: ") if lines else type(error).__name__
+    return text if len(text) <= length else f"{text[:length]} …"
+
+
 def exit_status(command: Callable[[], int]) -> int:
     """What a command returns; 2 for a ConfigError and 1 for a RunError, whose sentences are printed."""
     try:

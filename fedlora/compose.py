@@ -6,8 +6,10 @@ so that a cell is composed once and what was checked is what is run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,11 +57,14 @@ def compose_all(folder: Path, cells: Sequence[list[str]], multirun: bool = False
     """
     from fedlora import server
 
-    parsed = [[grammar.parsed([text], multirun=False)[0] for text in overrides] for overrides in cells]
+    parsed = [grammar.parsed(overrides, multirun=False) for overrides in cells]
     for override in {str(override.input_line): override for overrides in parsed for override in overrides}.values():
         _check_name(folder, override)
-    configs = [_composed(folder, overrides) for overrides in parsed]
-    failing = [reads.unread(config, _named(folder, config), multirun) for config in configs]
+    with _hydra(folder):
+        configs = [_composed(overrides) for overrides in parsed]
+    parsed = [_counted(overrides) for overrides in parsed]
+    named_in = cache(_named_in)
+    failing = [reads.unread(config, _named(folder, config, named_in), multirun) for config in configs]
     _refuse_unread(parsed, configs, failing)
     configs = [reads.cleared(config, names).checked() for config, names in zip(configs, failing, strict=True)]
     configs = _own_settings(parsed, configs)
@@ -68,10 +73,24 @@ def compose_all(folder: Path, cells: Sequence[list[str]], multirun: bool = False
     return configs
 
 
-def _composed(folder: Path, overrides: list[Override]) -> Config:
-    from hydra import compose as hydra_compose
+def _counted(overrides: list[Override]) -> list[Override]:
+    """The overrides without those that a later one of the same setting replaces."""
+    return list({override.key_or_group: override for override in overrides}.values())
+
+
+@contextmanager
+def _hydra(folder: Path) -> Iterator[None]:
+    """Hydra, ready to compose what is in the folder."""
     from hydra import initialize_config_dir
     from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name="schema", node=Config)
+    with initialize_config_dir(str(folder.absolute()), version_base="1.3"):
+        yield
+
+
+def _composed(overrides: list[Override]) -> Config:
+    from hydra import compose as hydra_compose
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -82,10 +101,8 @@ def _composed(folder: Path, overrides: list[Override]) -> Config:
         for override in overrides
         if (override.key_or_group, override.value()) != ("experiment", None)  # which is what there is without it
     ]
-    ConfigStore.instance().store(name="schema", node=Config)
     try:
-        with initialize_config_dir(str(folder.absolute()), version_base="1.3"):
-            composed = hydra_compose("config", lines)
+        composed = hydra_compose("config", lines)
         OmegaConf.resolve(composed)
         values: Any = OmegaConf.to_container(composed, enum_to_str=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException, ValueError, OverflowError, RecursionError) as error:
@@ -137,19 +154,21 @@ def _without_file(group: str) -> list[str]:
     return found[group]() if group in found else []
 
 
-def _named(folder: Path, config: Config) -> set[str]:
+def _named(folder: Path, config: Config, named_in: Callable[[Path], set[str]]) -> set[str]:
     """The settings that the files of the chosen options name."""
+    return set().union(*(named_in(folder / group / f"{getattr(getattr(config, group), 'name', '')}.yaml") for group in GROUPS))
+
+
+def _named_in(file: Path) -> set[str]:
+    """The settings that the file of one option names; none where there is no such file."""
     from omegaconf import OmegaConf
 
-    names = set()
-    for group in GROUPS:
-        file = folder / group / f"{getattr(getattr(config, group), 'name', '')}.yaml"
-        if file.is_file():
-            whole = "@package _global_" in file.read_text(encoding="utf-8")
-            content = OmegaConf.to_container(OmegaConf.load(file))
-            groups: Any = content if whole else {group: content}
-            names |= {f"{key}.{name}" for key in GROUPS if isinstance(groups.get(key), dict) for name in groups[key]}
-    return {name for name in names if not name.endswith(".name")}
+    if not file.is_file():
+        return set()
+    whole = "@package _global_" in file.read_text(encoding="utf-8")
+    content = OmegaConf.to_container(OmegaConf.load(file))
+    groups: Any = content if whole else {file.parent.name: content}
+    return {f"{key}.{name}" for key in GROUPS if isinstance(groups.get(key), dict) for name in groups[key] if name != "name"}
 
 
 def _refuse_unread(cells: list[list[Override]], configs: list[Config], failing: list[dict[str, Condition]]) -> None:
@@ -158,12 +177,8 @@ def _refuse_unread(cells: list[list[Override]], configs: list[Config], failing: 
     Of several it is one that names the option which would read it: that option may read the others too.
     """
     refusals = []
-    last = {override.key_or_group: place for place, override in enumerate(cells[0])}  # which counts of one given twice
     for place, override in enumerate(cells[0]):
-        name = override.key_or_group
-        if place != last[name]:
-            continue
-        name = f"{name}.name" if name in GROUPS else name
+        name = reads.full(override.key_or_group)
         if all(name in names for names in failing) and any(cell[place].value() is not None for cell in cells):
             condition = failing[0][name]
             other = None if condition.key == MULTIRUN else value_of(configs[0], reads.full(condition.key))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
 from clients import cost
-from fedlora import engines, guard, messages, naming, plan, ranks, report, terminal, workbench
+from fedlora import engines, guard, interrupt, messages, naming, plan, ranks, report, terminal, workbench
 from fedlora.check import RunError
 from fedlora.checkpoint import RELEASED, Checkpoint, Checkpoints, Released
 from fedlora.config import Config
@@ -21,6 +22,7 @@ from fedlora.evaluate import evaluate
 from fedlora.folder import ADAPTER, CHECKPOINTS, CURVES, MERGED, PRIVACY, ROUNDS, SUMS
 from fedlora.interrupt import CtrlC
 from fedlora.messages import ServerState
+from fedlora.models import export
 from fedlora.privacy import ledger
 from fedlora.records import Recorder
 from fedlora.secure import Sets
@@ -96,7 +98,7 @@ def play(
                 return conclude(bench, course.state, recorder, outcome)
             except KeyboardInterrupt:  # as what had finished was saved, which the same command does again
                 course.ctrl_c.later = True
-                return conclude(bench, course.state, recorder, outcome | engines.interrupted())
+                return conclude(bench, course.state, recorder, outcome | interrupt.outcome())
     finally:
         engine.close()
 
@@ -109,7 +111,7 @@ def foretell(config: Config, strategy: LoRAStrategy | None = None, show: bool = 
     if show:
         terminal.announce(config, [])
         rows = plan.derive(bench, strategy, state, keeper) + plan.expense(bench, strategy, state, estimate)
-        terminal.table(config.name or naming.run_name(config), ["", "", "because"], [list(row) for row in rows])
+        terminal.table(naming.name_of(config), ["", "", "because"], [list(row) for row in rows])
     return estimate, "–" if keeper is None else " = ".join(keeper.derivation()[:2])
 
 
@@ -281,9 +283,9 @@ def conclude(bench: Workbench, state: ServerState, recorder: Recorder, outcome: 
     rows = report.read_rounds(recorder.folder)
     summary = report.summarise(bench.config, rows) | {"classes": list(labels.counts(bench.dataset).items())} | outcome
     try:
-        recorder.save(ADAPTER, bench.model.save)
+        recorder.save(ADAPTER, partial(export.adapter, bench.model))
         if bench.config.save_merged:
-            recorder.save(MERGED, bench.model.save_merged)
+            recorder.save(MERGED, partial(export.merged, bench.model))
         if report.tested(rows) and outcome["status"] != "interrupted":  # which is to end soon; a plot takes seconds
             recorder.save(CURVES, lambda path: report.draw_curves(path, rows, summary))
         recorder.close(summary)

@@ -125,6 +125,11 @@ def reason() -> str:
     return f"stopped by {NAMES[signal.Signals(received or signal.SIGINT)]}"
 
 
+def outcome() -> dict[str, Any]:
+    """How a run has ended that was stopped, for its summary."""
+    return {"status": "interrupted", "reason": reason()}
+
+
 def status() -> int:
     """The exit status of a command that was stopped, as shells have it: 130 for Ctrl-C, 143 for SIGTERM."""
     return 128 + (received or signal.SIGINT)

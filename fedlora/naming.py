@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -18,8 +19,19 @@ BYTES = 240  # of what is never cut: file systems end at 255
 
 def changed(config: Config) -> dict[str, Any]:
     """The settings that differ from the defaults, by dotted name; the strategy's own against that strategy's defaults."""
-    usual = flat(Config(strategy={"name": config.strategy["name"]}))
+    usual = _usual(config.strategy["name"])
     return {name: value for name, value in flat(config).items() if value != usual[name]}
+
+
+@cache
+def _usual(strategy: str) -> dict[str, Any]:
+    """Every setting at its default, as `flat` has them."""
+    return flat(Config(strategy={"name": strategy}))
+
+
+def name_of(config: Config) -> str:
+    """The folder of a run in `results`: what the user calls it, or a name from its settings. Raises as `check_name`."""
+    return run_name(config) if config.name is None else check_name(config.name)
 
 
 def run_name(config: Config, swept: Sequence[str] = ()) -> str:
@@ -43,8 +55,7 @@ def sweep_name(cells: Sequence[Config], swept: Sequence[str]) -> str:
     for name in swept:
         distinct = [own[name] for own in values if name in own]
         parts.append((name, [value for place, value in enumerate(distinct) if value not in distinct[:place]]))
-    shared = [changed(cell) for cell in cells]
-    parts += [(name, value) for name, value in shared[0].items() if identifies(name) and name not in swept]
+    parts += [(name, value) for name, value in changed(cells[0]).items() if identifies(name) and name not in swept]
     return _named(_join(parts, _short), _join(parts, _whole), 0)
 
 

@@ -64,8 +64,7 @@ class Recorder:
         `launched`: this process does not run the experiment but has it run on real devices, by a server that has its data.
         """
         self.config, self.launched = config, launched
-        name = naming.run_name(config) if config.name is None else naming.check_name(config.name)
-        self.folder = Path(config.results) / name
+        self.folder = Path(config.results) / naming.name_of(config)
         self._length, self._digest = 0, hashlib.sha256()  # of rounds.jsonl
         self._lock: disk.Lock | None = None
         folder.refuse_strange(self.folder)

@@ -173,7 +173,7 @@ def _bar(before: str, after: str) -> Progress:
 
 def conclude(config: Config, summary: dict[str, Any], label: str = "") -> None:
     """The outcome of a run that finished, or was stopped, and where it is; `label` goes in front."""
-    folder = Path(config.results) / (config.name or naming.run_name(config))
+    folder = Path(config.results) / naming.name_of(config)
     if summary["status"] == "interrupted":
         say(f"{label}{summary['reason']} after round {summary['rounds']} of {config.rounds}; its results are in {folder}")
         return

@@ -20,6 +20,7 @@ from fedlora import models, resident
 from fedlora.check import ConfigError
 from fedlora.config import Config
 from fedlora.data import Dataset, partition
+from fedlora.models import export
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.base import Base
 from fedlora.models.encode import Encoded
@@ -91,7 +92,10 @@ def build_from(text: str) -> Workbench:
     parts = _parts(config)
     dataset = _examples(parts)
     shards = partition.split(config.partition, dataset.train, config.clients, config.seed)
-    return Workbench(config, dataset, _model(parts).model, shards)
+    model = _model(parts).model
+    if config.save_merged:
+        export.refuse_merging(model)
+    return Workbench(config, dataset, model, shards)
 
 
 class Parts(NamedTuple):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+from functools import cache
 from typing import Any, NamedTuple, get_type_hints
 
 from fedlora import check
@@ -62,10 +63,16 @@ class Setting(NamedTuple):
 
 def settings(name: str) -> dict[str, Setting]:
     """The settings of a strategy that a user may choose: `init`, which all share, and its own keywords."""
+    return dict(_settings_of(strategy_class(name)))
+
+
+@cache
+def _settings_of(chosen: type[LoRAStrategy]) -> dict[str, Setting]:
+    """The same of a class, whose signature is read once."""
     shared = {"init": inspect.signature(LoRAStrategy).parameters["init"]}
     own: dict[str, inspect.Parameter] = {}
     hints = get_type_hints(LoRAStrategy.__init__, include_extras=True)
-    for base in reversed(strategy_class(name).__mro__):
+    for base in reversed(chosen.__mro__):
         if issubclass(base, LoRAStrategy) and base is not LoRAStrategy and "__init__" in vars(base):
             own |= {key: p for key, p in inspect.signature(base.__init__).parameters.items() if p.kind is p.KEYWORD_ONLY}
             hints |= get_type_hints(base.__init__, include_extras=True)

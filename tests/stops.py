@@ -1,9 +1,10 @@
-"""A signal at forty moments of a command, from its first step to its last: `python -m tests.stops [how often]`.
+"""A signal at forty moments of a command, from its first step to its last: `python -m tests.stops [--times 3]`.
 
 Each must end within seconds with the status of the signal, in a line or two, with whole files and without a process left.
 A moment is an event that can be seen from outside, and so many seconds later. tests/test_stops.py takes six of them.
 """
 
+import argparse
 import contextlib
 import json
 import os
@@ -22,7 +23,8 @@ from fedlora.checkpoint import Checkpoint
 from tests.conftest import ROOT
 
 PATIENCE = 500.0  # seconds for the event to come, on a busy machine
-SMALL = ["device=cpu", "clients=4", "fraction=null", "train.steps=1", "engine.workers=2", "engine.cohort=1"]
+SMALL = ["device=cpu", "clients=4", "fraction=null", "train.steps=1"]
+ENGINES = {"inline": ["engine.cohort=1"], "ray": ["engine.cohort=1", "engine.workers=2"], "flower": []}
 LONG, SHORT = "rounds=100000", "rounds=3"
 
 
@@ -58,7 +60,8 @@ MOMENTS = [
 
 def tried(moment: Moment, results: Path, limit: float = 5.0) -> tuple[float, str]:
     """Seconds from the signal to the end, and what is wrong with how the command ended; an empty text if nothing is."""
-    command = [sys.executable, str(ROOT / "run.py"), *moment.more, *SMALL, f"engine={moment.engine}", f"results={results}"]
+    engine = [f"engine={moment.engine}", *ENGINES[moment.engine]]
+    command = [sys.executable, str(ROOT / "run.py"), *moment.more, *SMALL, *engine, f"results={results}"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=results, start_new_session=True
@@ -151,7 +154,7 @@ def _damage(results: Path) -> list[str]:
     return faults
 
 
-def main(times: int = 1) -> int:
+def main(times: int) -> int:
     """Every moment, so many times; the exit status."""
     bad, longest = 0, 0.0
     for number, moment in enumerate(MOMENTS * times):
@@ -165,4 +168,6 @@ def main(times: int = 1) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:])))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--times", type=int, default=1, help="how often each moment is tried")
+    sys.exit(main(parser.parse_args().times))

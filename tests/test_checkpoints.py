@@ -15,6 +15,7 @@ from fedlora import evaluate, models
 from fedlora.check import ConfigError
 from fedlora.config import AdapterConfig, ModelConfig
 from fedlora.data import Dataset, Examples
+from fedlora.models import export
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.trial import tried
 from fedlora.models.vit_digits import FOLDER
@@ -184,8 +185,8 @@ def test_what_is_saved_is_used_elsewhere_with_the_same_answers(bert, reviews, tm
     expected = logits(model, reviews)
     adapter, merged = tmp_path / "adapter", tmp_path / "merged"
     capfd.readouterr()
-    model.save(adapter)
-    model.save_merged(merged)
+    export.adapter(model, adapter)
+    export.merged(model, merged)
     assert "Writing model shards" not in capfd.readouterr().err
     saved = json.loads((adapter / "adapter_config.json").read_text())
     assert saved["task_type"] == "SEQ_CLS" and saved["base_model_name_or_path"] == str(bert)
@@ -209,11 +210,11 @@ def test_an_adapter_for_more_classes_than_its_base_and_an_adapter_on_an_adapter(
     three = texts("a good film", "bad", "film", classes=("a", "b", "c"))
     model = adapted(bert, three)
     model.write(factors(model), {})
-    model.save(tmp_path / "first")
+    export.adapter(model, tmp_path / "first")
     second = adapted(tmp_path / "first", three)
     torch.testing.assert_close(logits(second, three), logits(model, three), rtol=1e-4, atol=1e-5)
     second.write(factors(second, 1), {})
-    second.save(tmp_path / "second")
+    export.adapter(second, tmp_path / "second")
     torch.testing.assert_close(logits(adapted(tmp_path / "second", three), three), logits(second, three), rtol=1e-4, atol=1e-5)
 
 
@@ -233,7 +234,7 @@ def test_an_adapter_whose_base_is_gone_or_that_cannot_be_merged_is_refused(bert,
     prompts.save_pretrained(tmp_path / "prompts")
     with pytest.raises(ConfigError, match=r"an adapter of the kind PROMPT_TUNING, which cannot be merged; use model.path="):
         load(tmp_path / "prompts", reviews)
-    adapted(bert, reviews).save(tmp_path / "adapter")
+    export.adapter(adapted(bert, reviews), tmp_path / "adapter")
     bert.rename(tmp_path / "gone") if bert != tmp_path else (bert / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"is an adapter of .*, which cannot be loaded; put it there"):
         load(tmp_path / "adapter", reviews)
@@ -245,8 +246,8 @@ def test_the_digits_model_is_saved_so_that_model_hf_loads_the_same(tmp_path) -> 
     digits = Dataset("image", [str(i) for i in range(10)], examples, examples)
     model = AdaptedModel(models.load(ModelConfig(), digits, 0), AdapterConfig(rank=2), CPU)
     model.write(factors(model), {})
-    model.save(tmp_path / "adapter")
-    model.save_merged(tmp_path / "merged")
+    export.adapter(model, tmp_path / "adapter")
+    export.merged(model, tmp_path / "merged")
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(FOLDER)
     for folder in ("adapter", "merged"):
         again = adapted(tmp_path / folder, digits)

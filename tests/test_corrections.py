@@ -9,6 +9,7 @@ import transformers
 
 from fedlora import experiment, lowrank, messages, records, workbench
 from fedlora.lowrank import Adapters, Pair
+from fedlora.models import export
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.rows import Rows
 from tests.test_cohort import sharpen
@@ -107,8 +108,8 @@ def test_what_is_saved_gives_the_same_logits_without_us(request, model, tmp_path
     factors, correction = drawn(model, 2, 1), drawn(model, rank, 2)
     model.write(factors, {}, correction)
     expected, own, base = logits(model), weights(model), request.getfixturevalue(family)
-    model.save(tmp_path / "adapter")
-    model.save_merged(tmp_path / "merged")
+    export.adapter(model, tmp_path / "adapter")
+    export.merged(model, tmp_path / "merged")
     assert np.array_equal(logits(model), expected) and weights(model) == own  # saving changes nothing
     assert (model.peft.peft_config["default"].r, model.peft.peft_config["default"].lora_alpha) == (2, 3.0)
     torch.manual_seed(0)

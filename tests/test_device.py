@@ -405,6 +405,21 @@ def test_a_round_that_takes_too_long_is_broken_off(made, asked, monkeypatch) -> 
     assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
 
+def test_no_handler_of_exceptions_goes_on_when_time_is_up(made, asked, monkeypatch) -> None:
+    """Model libraries, and we, catch whatever data and models make them raise."""
+
+    def train(*_: object) -> None:
+        try:
+            time.sleep(60)
+        except Exception:
+            return
+
+    monkeypatch.setattr(app, "train", train)
+    device = made(replace(LIMITS, seconds=0.3))
+    assert refusal(device(sent(asked()), place())) is Reason.BEYOND_LIMITS
+    assert "longer than 0.3 s (--max-seconds)" in log(made)
+
+
 def test_arrays_that_take_more_than_a_part_of_the_owners_memory_are_refused_unread(made, asked) -> None:
     """And encoded ones of another shape than the experiment's before anything of that shape is made."""
     message = sent(asked())

@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from clients.private import Mechanism, PrivateDescent
 from fedlora.check import ConfigError
 from fedlora.evaluate import predict
+from fedlora.models import export
 from tests.test_cohort import (  # noqa: F401 (fixtures)
     PRIVATE,
     alone,
@@ -105,7 +106,7 @@ def test_what_is_saved_is_float32(make, tmp_path) -> None:  # noqa: F811
     model, _ = make(model=BF16, layers=[])
     begin, head = factors(model), {name: array + 1e-4 for name, array in model.initial_head.items()}
     model.write(begin, head)
-    model.save(tmp_path / "adapter")
+    export.adapter(model, tmp_path / "adapter")
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert len(saved) == 2 * len(begin) + len(head)
     for name, pair in begin.items():

@@ -65,6 +65,15 @@ def test_the_embedded_model_has_a_digest_and_none_of_this_loads_torch() -> None:
     assert done.stdout.split() == ["64", "False", "False"], done.stderr
 
 
+def test_a_model_that_reads_no_checkpoint_is_its_code(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(models, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(models, "names", lambda: ["drawn"])
+    (tmp_path / "drawn.py").write_text("WIDTH = 1")
+    before = models.digest(ModelConfig("drawn"))
+    (tmp_path / "drawn.py").write_text("WIDTH = 2 ")
+    assert models.digest(ModelConfig("drawn")) != before
+
+
 def test_an_adapters_digest_follows_its_base_too(folder, tmp_path) -> None:
     adapter = tmp_path / "adapter"
     adapter.mkdir()

@@ -3,17 +3,21 @@
 import dataclasses
 import importlib
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
 import torch
 import transformers
 
+from fedlora import models
 from fedlora.check import ConfigError
 from fedlora.config import AdapterConfig, ModelConfig
 from fedlora.data import Dataset, Examples
-from fedlora.models import hf, load, names
+from fedlora.models import export, hf, load, names
 from fedlora.models.adapted import AdaptedModel, file_name
+from fedlora.models.base import Base
 from fedlora.models.encode import Texts
 from fedlora.models.vit_digits import FOLDER
 
@@ -123,7 +127,7 @@ def test_array_names_are_those_of_pefts_file(bert, reviews, tmp_path) -> None:
     from fedlora import messages
 
     model = adapted(bert, reviews)
-    model.save(tmp_path / "adapter")
+    export.adapter(model, tmp_path / "adapter")
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     packed = messages.pack(model.adapters(), model.dense())
     assert set(saved) == set(packed)
@@ -141,8 +145,32 @@ def test_a_new_head_that_stays_frozen_is_saved_with_the_adapter(bert, reviews, t
 
     model = adapted(bert, reviews, train_head=False)
     assert model.dense() == {} and not model.trains_head
-    model.save(tmp_path / "adapter")
+    export.adapter(model, tmp_path / "adapter")
     assert "base_model.model.classifier.weight" in load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+
+
+class Own(torch.nn.Module):
+    """A model of nobody's format."""
+
+    base_model_prefix = "body"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.nn.ModuleDict({"hidden": torch.nn.Linear(4, 4)})
+        self.head = torch.nn.Linear(4, 2)
+
+
+def test_a_model_of_ones_own_is_saved_with_its_classes_and_not_merged(reviews, tmp_path, monkeypatch) -> None:
+    own = types.SimpleNamespace(load=lambda *_: Base(Own(), encode=Texts, new=["head.weight", "head.bias"]))
+    monkeypatch.setitem(sys.modules, "fedlora.models.own", own)
+    monkeypatch.setattr(models, "names", lambda: ["own"])
+    base = load(ModelConfig("own"), reviews, 0)
+    assert base.classes == reviews.classes and base.head == "drawn at random"
+    model = AdaptedModel(base, AdapterConfig(rank=2, target_modules=["hidden"]), torch.device("cpu"))
+    export.adapter(model, tmp_path)
+    assert json.loads((tmp_path / "labels.json").read_text()) == reviews.classes
+    with pytest.raises(ConfigError, match=r"save_merged=true is for models of transformers"):
+        export.refuse_merging(model)
 
 
 def test_a_head_for_another_number_of_classes_is_replaced(vit, photos) -> None:

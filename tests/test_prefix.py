@@ -16,7 +16,7 @@ from fedlora.check import ConfigError
 from fedlora.config import AdapterConfig, ModelConfig
 from fedlora.data import Dataset, Examples
 from fedlora.evaluate import predict
-from fedlora.models import load
+from fedlora.models import export, load
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.encode import PREFIX, Encoded
 from fedlora.models.prefix import NEIGHBOURS, Kept, Prefix
@@ -338,7 +338,7 @@ def test_the_blocks_survive_in_the_saved_adapter(make, bert, data, tmp_path) -> 
 
     model, examples = make(layers=[-1, 1])
     model.write(factors(model), {name: array + 0.1 for name, array in model.initial_head.items()})
-    model.save(tmp_path / "adapter")
+    export.adapter(model, tmp_path / "adapter")
     base = load(ModelConfig("hf", str(bert)), data, 0)
     base.model.apply(sharpen)
     again = PeftModel.from_pretrained(base.model, tmp_path / "adapter").eval()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedlora import check
-from fedlora.check import ConfigError, RunError
+from fedlora.check import ConfigError
 from fedlora.data import Dataset, Examples, labels, ordered
 from fedlora.data._text import one_line
 from fedlora.data.partition import split_off_test
@@ -54,7 +54,7 @@ class Table:
             raise ConfigError(f"{asked} names several columns of {self.source}; rename all but one")
         try:
             values = self.column(name)
-        except (ConfigError, RunError):  # the latter from a device, whose time is up
+        except ConfigError:
             raise
         except Exception as error:  # what is in a column is a library's affair, pyarrow's or that of datasets
             raise ConfigError(
@@ -100,8 +100,6 @@ class Table:
         for row, value in enumerate(self.values("image", name), start=1):
             try:
                 images.append(_pixels(self.folder / value if isinstance(value, str) else value))
-            except RunError:  # from a device, whose time is up
-                raise
             except Exception as error:  # Pillow's decoders raise whatever the broken bytes led them into
                 what = labels.quoted(value, 100) if isinstance(value, str) else "the image"
                 raise ConfigError(

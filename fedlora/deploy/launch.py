@@ -57,7 +57,7 @@ def summary_of(recorder: Recorder, project: Path) -> dict[str, Any]:
             ended = bring(recorder, number)
     except KeyboardInterrupt:
         (recorder.folder / RUN).unlink(missing_ok=True)
-        outcome = {"status": "interrupted", "reason": interrupt.reason()}
+        outcome = interrupt.outcome()
         recorder.close(report.summarise(config, report.read_rounds(recorder.folder)) | outcome)
         return recorder.summary()
     summary = recorder.summary()

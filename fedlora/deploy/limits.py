@@ -85,15 +85,21 @@ class Limits:
         """What takes longer than `seconds` within is broken off with Refused. In the main thread, by SIGALRM."""
 
         def late(*_: object) -> None:
-            raise beyond(f"the message took longer than {self.seconds:g} s (--max-seconds)")
+            raise _Late
 
         before = signal.signal(signal.SIGALRM, late)
         signal.setitimer(signal.ITIMER_REAL, self.seconds)
         try:
             yield
+        except _Late:
+            raise beyond(f"the message took longer than {self.seconds:g} s (--max-seconds)") from None
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
+
+
+class _Late(BaseException):
+    """Time is up. No `except Exception` in between, of ours or of a library, takes it for a fault that it can mend."""
 
 
 def beyond(details: str) -> Refused:

@@ -40,17 +40,12 @@ def make(config: Config, app: str = CLIENT_APP, on_reply: OnReply = lambda count
     return engine
 
 
-def interrupted() -> dict[str, Any]:
-    """How a run has ended that was stopped."""
-    return {"status": "interrupted", "reason": interrupt.reason()}
-
-
 def attempt(engine: Engine, rounds: Callable[[Grid], object]) -> dict[str, Any]:
     """Run the rounds on the engine's grid and say how that ended: finished, interrupted or failed, with the reason."""
     try:
         engine.run(rounds)
     except KeyboardInterrupt:
-        return interrupted()
+        return interrupt.outcome()
     except RunError as error:
         return {"status": "failed", "reason": str(error)}
     return {"status": "finished"}

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from flwr.app import Message, RecordDict
 
 from fedlora import interrupt
-from fedlora.check import ConfigError, RunError
+from fedlora.check import ConfigError, RunError, reason
 from fedlora.config import Config, EngineConfig
 from fedlora.engines import CLIENT_APP, cluster, load_app, resources
 from fedlora.engines.local import adds, carrying, play
@@ -245,6 +245,5 @@ def start_own(cores: int) -> None:
         with interrupt.kept():
             ray.init("local", num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     except Exception as error:  # as of a machine that is too busy; Ray has no kind of its own for it
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise RunError(f"Ray did not start on this machine ({reason}); try again, or choose engine=inline") from error
+        raise RunError(f"Ray did not start on this machine ({reason(error)}); try again, or choose engine=inline") from error
     atexit.register(ray.shutdown)

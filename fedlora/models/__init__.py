@@ -37,21 +37,26 @@ def names() -> list[str]:
 def digest(config: ModelConfig) -> str:
     """SHA-256, in hexadecimal, of the checkpoint's files: weights, configuration and tokenizer; of a hub name its revision.
 
-    A model with a folder of its own here, such as vit_digits, is that folder's files. Imports no torch; a file is read once a
-    process, as long as it does not change. Raises ConfigError where there is no such checkpoint.
+    A model with a folder of its own here, such as vit_digits, is that folder's files. One that reads no checkpoint is its code.
+    Imports no torch; a file is read once a process, as long as it does not change. Raises ConfigError where there is no such
+    checkpoint.
     """
     from fedlora.models import files
 
     check.one_of(names(), **{"model.name": config.name})
-    folder = Path(__file__).parent / config.name
-    return files.digest(str(folder) if folder.is_dir() else str(config.path))
+    own = Path(__file__).parent / config.name
+    if own.is_dir():
+        return files.digest(str(own))
+    return files.digest_of(own.with_suffix(".py")) if config.path is None else files.digest(config.path)
 
 
 def load(config: ModelConfig, dataset: Dataset, seed: int) -> Base:
     """The base model of that name, ready for `dataset`'s classes. Raises ConfigError where the two do not fit."""
     module = importlib.import_module(f"fedlora.models.{check.one_of(names(), **{'model.name': config.name})}")
     base: Base = module.load(config, dataset, seed)
-    if base.classes and base.classes != dataset.classes:
+    base.classes = base.classes or list(dataset.classes)
+    base.head = base.head or ("drawn at random" if base.new else "the model has one")
+    if base.classes != dataset.classes:
         base.encode = _in_order(base, dataset)
     return base
 

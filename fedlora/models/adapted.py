@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -24,7 +23,6 @@ from fedlora.check import ConfigError
 from fedlora.config import AdapterConfig
 from fedlora.lowrank import Adapters, Pair
 from fedlora.messages import Factors
-from fedlora.models import export
 from fedlora.models.base import Base
 from fedlora.models.encode import PREFIX
 from fedlora.models.targets import block_numbers, file_name, head_modules, target_modules
@@ -107,11 +105,11 @@ class AdaptedModel:
 
     def adapters(self) -> Adapters:
         """A copy of the factors, float32."""
-        return {layer: Pair(_numpy(self._A[layer]), _numpy(self._B[layer])) for layer in self._A}
+        return {layer: Pair(as_numpy(self._A[layer]), as_numpy(self._B[layer])) for layer in self._A}
 
     def dense(self) -> dict[str, np.ndarray]:
         """A copy of the head's parameters, if it is trained, and of R, where it acts; else nothing."""
-        return {name: _numpy(parameter) for name, parameter in self._beside().items()}
+        return {name: as_numpy(parameter) for name, parameter in self._beside().items()}
 
     def write(
         self, factors: Factors | Adapters, dense: Mapping[str, np.ndarray], correction: Mapping[str, Pair] | None = None
@@ -130,13 +128,13 @@ class AdaptedModel:
             for layer, pair in factors.items():
                 parts = pair._asdict() if isinstance(pair, Pair) else pair
                 for factor, array in parts.items():
-                    _put((self._A if factor == "A" else self._B)[layer], array)
+                    put((self._A if factor == "A" else self._B)[layer], array)
                 self._adapter(layer).scaling["default"] = self._alpha / len(self._A[layer])
                 if (name := messages.rotation(layer)) in dense:
-                    _put(self._mixed(layer, len(dense[name])), dense[name])
+                    put(self._mixed(layer, len(dense[name])), dense[name])
             for name, array in dense.items():
                 if name not in self._R:
-                    _put(self._head[name], array)
+                    put(self._head[name], array)
 
     def trainable(self, trains: str) -> list[nn.Parameter]:
         """Makes the named factors ("AB", "A", "B" or none), R where it acts, and the head, if it is trained, require
@@ -200,19 +198,11 @@ class AdaptedModel:
                 f"adapter.rank={rank} is above {min(m, n)}, the size of {layer}; lower it for strategy.init={init}"
             )
         if init == "pissa":
-            _, values, right = np.linalg.svd(_numpy(weight).astype(np.float64), full_matrices=False)
+            _, values, right = np.linalg.svd(as_numpy(weight).astype(np.float64), full_matrices=False)
             A = (np.sqrt(values[:rank])[:, None] * right[:rank]).astype(np.float32)
         else:
             A = lowrank.draw((rank, n), init, rng)
         return Pair(A, lowrank.draw((rank, m), init, rng).T.copy() if mixes else np.zeros((m, rank), np.float32))
-
-    def save(self, folder: Path) -> None:
-        """What was written, in PEFT's own format: `PeftModel.from_pretrained(base, folder)` reads it."""
-        export.adapter(self, folder)
-
-    def save_merged(self, folder: Path) -> None:
-        """The base model with everything that was written merged into it: `AutoModel….from_pretrained(folder)` reads it."""
-        export.merged(self, folder)
 
     def _beside(self) -> dict[str, nn.Parameter]:
         """What is trained besides the factors, by name."""
@@ -241,7 +231,7 @@ class AdaptedModel:
         return add
 
 
-def _put(parameter: nn.Parameter, array: np.ndarray) -> None:
+def put(parameter: nn.Parameter, array: np.ndarray) -> None:
     """The array into the parameter: in place, or in place of it where the shape is another."""
     if parameter.shape == array.shape:
         parameter.copy_(torch.from_numpy(array))
@@ -254,5 +244,6 @@ def _in_float32(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, 
     return tuple(x.float() for x in inputs)
 
 
-def _numpy(parameter: Tensor) -> np.ndarray:
+def as_numpy(parameter: Tensor) -> np.ndarray:
+    """A copy, float32."""
     return np.array(parameter.detach().float().cpu().numpy())

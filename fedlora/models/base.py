@@ -18,7 +18,7 @@ def _nothing(folder: Path) -> None:
 
 @dataclass
 class Base:
-    """A pretrained classifier, not yet adapted.
+    """A pretrained classifier, not yet adapted. `models.load` fills in `classes` and `head` where a model leaves them empty.
 
     `new` names the parameters that the checkpoint lacked, so that they were drawn at random (a fresh head); `dropout` says
     whether the dropout inside the base acts while adapters are trained; `dtype` is what its frozen parameters are to be.
@@ -29,7 +29,7 @@ class Base:
     new: list[str] = field(default_factory=list)
     dropout: bool = False
     dtype: str = "float32"
-    classes: list[str] = field(default_factory=list)  # the dataset's class of each logit; empty: in the dataset's order
+    classes: list[str] = field(default_factory=list)  # the dataset's class of each logit; empty: the dataset's order
     head: str = ""  # where the head comes from, for the plan
     source: str = ""  # folder or hub name of the checkpoint, as an adapter's file records it
     task: str | None = None  # PEFT's name of the task: SEQ_CLS for text

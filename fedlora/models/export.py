@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from fedlora import lowrank, messages
+from fedlora.check import ConfigError
 from fedlora.lowrank import Adapters, Pair
+from fedlora.models.adapted import AdaptedModel, as_numpy, put
 from fedlora.models.adapters import write_labels
 from fedlora.models.reading import quiet
-
-if TYPE_CHECKING:
-    from fedlora.models.adapted import AdaptedModel
 
 
 def adapter(model: AdaptedModel, folder: Path) -> None:
@@ -40,8 +39,14 @@ def adapter(model: AdaptedModel, folder: Path) -> None:
     finally:
         config.r, config.lora_alpha, config.task_type, config.base_model_name_or_path = usual
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's template, with nothing filled in
-    write_labels(folder, _classes(model))
+    write_labels(folder, model.base.classes)
     model.base.save_inputs(folder)
+
+
+def refuse_merging(model: AdaptedModel) -> None:
+    """Raises ConfigError where `merged` cannot save the model: one of a module of its own, in no library's format."""
+    if not hasattr(model.base.model, "save_pretrained"):
+        raise ConfigError("save_merged=true is for models of transformers, and this one is a module of its own; leave it out")
 
 
 def merged(model: AdaptedModel, folder: Path) -> None:
@@ -51,8 +56,7 @@ def merged(model: AdaptedModel, folder: Path) -> None:
         for layer, pair in whole(model).items():
             module: Any = other.get_submodule(layer)
             for factor, array in pair._asdict().items():
-                weight = getattr(module, f"lora_{factor}")["default"].weight
-                weight.data = torch.from_numpy(array).to(weight.device, weight.dtype, copy=True)
+                put(getattr(module, f"lora_{factor}")["default"].weight, array)
             module.scaling["default"] = model.scale
     with quiet():
         other.merge_and_unload().save_pretrained(str(folder))
@@ -63,20 +67,10 @@ def whole(model: AdaptedModel) -> Adapters:
     """R folded in and the correction beside it, all at one rank, in the scale alpha / rank of the settings."""
     adapters, _ = messages.fold(model.adapters(), model.dense())
     both = {
-        layer: lowrank.stack([Pair(*(_numpy(factor) for factor in model.correction[layer])), pair], np.ones(2))
+        layer: lowrank.stack([Pair(*map(as_numpy, model.correction[layer])), pair], np.ones(2))
         if layer in model.correction
         else pair
         for layer, pair in adapters.items()
     }
     rank = max(pair.rank for pair in both.values())
     return {layer: lowrank.pad(pair, rank) for layer, pair in both.items()}
-
-
-def _classes(model: AdaptedModel) -> list[str]:
-    """The name of each logit."""
-    names: dict[int, str] = model.peft.config.id2label
-    return [names[i] for i in range(len(names))]
-
-
-def _numpy(tensor: torch.Tensor) -> np.ndarray:
-    return np.array(tensor.detach().float().cpu().numpy())

@@ -29,13 +29,20 @@ def digest(path: str) -> str:
     found = hashlib.sha256()
     if os.path.isdir(path):
         for file in sound(Path(path)):
-            found.update(f"/{file.name}/{_file_digest(file)}/".encode())
+            found.update(f"/{file.name}/{digest_of(file)}/".encode())
     else:
         found.update(f"{path}@{revision(path)}".encode())
     base = base_of(path)
     if base is not None:
         found.update(digest(base).encode())
     return found.hexdigest()
+
+
+def digest_of(file: Path) -> str:
+    """SHA-256, in hexadecimal, of a file's bytes, read once a process as long as the file stays as it is."""
+    with _opened(file):
+        state = file.stat()
+        return _read(str(file.resolve()), state.st_size, state.st_mtime_ns)
 
 
 def sound(folder: Path) -> list[Path]:
@@ -146,13 +153,6 @@ def _opened(file: Path) -> Iterator[None]:
 def _commit(cached: str) -> str:
     """The commit of a file of the hub's cache, …/snapshots/<commit>/<file>."""
     return Path(cached).parent.name
-
-
-def _file_digest(file: Path) -> str:
-    """The digest of a file's bytes, read once a process as long as the file stays as it is."""
-    with _opened(file):
-        state = file.stat()
-        return _read(str(file.resolve()), state.st_size, state.st_mtime_ns)
 
 
 @lru_cache(maxsize=4096)

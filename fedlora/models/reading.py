@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Iterator
 
-from fedlora.check import ConfigError
+from fedlora.check import ConfigError, reason
 from fedlora.models import files
 
 WEIGHTS = "it needs config.json and model.safetensors"
@@ -26,13 +26,6 @@ def reading(path: str, cure: str = WEIGHTS) -> Iterator[None]:
         if not os.path.isdir(path):
             raise files.missing(path, error) from error
         raise ConfigError(f"model.path={path} cannot be loaded ({reason(error)}); {cure}") from error
-
-
-def reason(error: Exception) -> str:
-    """The first line of what an error says, shortened; its kind where it says nothing."""
-    lines = str(error).strip().splitlines()
-    text = lines[0].rstrip(".: ") if lines else type(error).__name__
-    return text if len(text) <= 200 else f"{text[:200]} …"
 
 
 @contextlib.contextmanager

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedlora.check import ConfigError
-from fedlora.data import Examples
+from fedlora.check import ConfigError, reason
+from fedlora.data import Examples, labels
 from fedlora.models import files
 from fedlora.models.encode import Encoded, Texts
-from fedlora.models.reading import TOKENIZER, reading, reason
+from fedlora.models.reading import TOKENIZER, reading
 
 # Files that hold a vocabulary, beside those that the tokenizer's class names.
 VOCABULARIES = {"tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model", "tekken.json", "tiktoken.model"}
@@ -33,8 +33,9 @@ class Tokens:
 
     def encode(self, examples: Examples) -> Encoded:
         """Token ids of every text, cut at `longest`. Raises ConfigError for a text that the model cannot take."""
-        tokens = [np.asarray(row, dtype=np.int64) for row in self.ids(texts_of(examples))]
-        self._refuse(tokens, examples)
+        texts = texts_of(examples)
+        tokens = [np.asarray(row, dtype=np.int64) for row in self.ids(texts)]
+        self._refuse(tokens, texts)
         return Texts(torch.from_numpy(examples.labels), tokens, int(self.tokenizer.pad_token_id))
 
     def ids(self, texts: list[str]) -> list[list[int]]:
@@ -66,10 +67,10 @@ class Tokens:
                 "script, put its own tokenizer's files there, or raise model.max_unknown"
             )
 
-    def _refuse(self, tokens: list[np.ndarray], examples: Examples) -> None:
+    def _refuse(self, tokens: list[np.ndarray], texts: Sequence[str]) -> None:
         end = self.tokenizer.eos_token_id
         for number, row in enumerate(tokens):
-            said = f"text {number + 1} of {len(tokens)} ({_short(examples.inputs[number])})"
+            said = f"text {number + 1} of {len(tokens)} ({labels.cut(texts[number])!a})"
             if not len(row):
                 raise ConfigError(f"{said} has no token for model.path={self.path}; remove it from the data")
             if row.max() >= self.rows:
@@ -90,7 +91,7 @@ class Tokens:
                 text.encode()
             except UnicodeEncodeError:
                 return ConfigError(
-                    f"text {number + 1} of {len(texts)} ({_short(text)}) holds half of a character (a lone surrogate), "
+                    f"text {number + 1} of {len(texts)} ({labels.cut(text)!a}) holds half of a character (a lone surrogate), "
                     "which no tokenizer reads; mend it in the data"
                 )
         return ConfigError(f"model.path={self.path}: its tokenizer cannot read the texts ({reason(error)}); {TOKENIZER}")
@@ -160,8 +161,3 @@ def _embedding_rows(model: nn.Module) -> int:
 def _counts_ends(model: nn.Module) -> bool:
     """Whether the head reads the end token as BART's and T5's do; T5Gemma's reads the last token that is no padding."""
     return hasattr(model, "classification_head")
-
-
-def _short(text: Any) -> str:
-    """The beginning of a text as Python writes it, in ASCII: it goes to any terminal."""
-    return ascii(text if len(text) <= 40 else f"{text[:40]}…")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fedlora.check import ConfigError
+from fedlora.check import ConfigError, reason
 from fedlora.data import Dataset
 from fedlora.models.adapted import AdaptedModel
-from fedlora.models.reading import reason
 
 TRIED = 64  # examples of which the longest is tried
 
