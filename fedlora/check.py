@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import sys
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -127,17 +127,17 @@ def suggest(word: str, options: Iterable[str]) -> str:
     return f"choose one of: {', '.join(options)}"
 
 
-def suggest_setting(name: str, names: Iterable[str]) -> str:
+def suggest_setting(name: str, names: Iterable[str], also: Mapping[str, str] | None = None) -> str:
     """What to say of a dotted name that no setting has: the settings of nearly that name, in the same group or of any other.
 
-    A list of names is that of one group, never of all.
+    `also` are settings by what other programs call them. A list of names is that of one group, never of all.
     """
     group, _, last = name.rpartition(".")
     own = {known.rpartition(".")[2]: known for known in names if known.rpartition(".")[0] == group}
     namesakes = sorted(known for known in names if known.rpartition(".")[2] == last)
     typed = difflib.get_close_matches(last, own, n=1, cutoff=ALIKE) if group else []
     alike = [] if own and group else difflib.get_close_matches(name, sorted(names), n=1, cutoff=ALIKE)
-    near = [own[word] for word in typed] or namesakes or alike
+    near = [(also or {})[last]] if last in (also or {}) else [own[word] for word in typed] or namesakes or alike
     if near:
         return f"did you mean {' or '.join(near)}?"
     if group and own:

@@ -137,7 +137,8 @@ def _check_name(folder: Path, override: Override) -> None:
         return
     if key not in declared().keys() - {"strategy"} and not key.startswith(STRATEGY):
         names = (declared().keys() - {f"{name}.name" for name in GROUPS}) | groups
-        raise ConfigError(f"{check.shown(key)} is not a setting; {check.suggest_setting(key, names)}")
+        also = {other: name for name, item in declared().items() for other in item.also}
+        raise ConfigError(f"{check.shown(key)} is not a setting; {check.suggest_setting(key, names, also)}")
 
 
 def _without_file(group: str) -> list[str]:

@@ -40,8 +40,8 @@ class Config:
 
     name: str | None = setting(None, "folder of the results; none: made from the settings that differ from the defaults")
     seed: int = setting(0, "the one seed; every random stream is derived from it", takes=check.not_negative, most=1e18)
-    clients: int = setting(50, "clients in the federation", takes=check.positive, most=1e7)
-    rounds: int = setting(30, "communication rounds", takes=check.positive, most=1e5)
+    clients: int = setting(50, "clients in the federation", takes=check.positive, most=1e7, also="num_clients")
+    rounds: int = setting(30, "communication rounds", takes=check.positive, most=1e5, also="num_rounds")
     clients_per_round: int | None = setting(
         None, "clients drawn each round, without replacement", takes=check.positive, most=1e7
     )
@@ -162,6 +162,7 @@ class Declared(NamedTuple):
     takes: Callable[..., Any] | None
     most: float
     only: tuple[Condition, ...]
+    also: tuple[str, ...]
 
 
 @lru_cache(maxsize=1)

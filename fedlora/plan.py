@@ -16,6 +16,7 @@ import torch
 from clients import cost
 from clients.task import local_steps
 from fedlora import engines
+from fedlora.config import Config
 from fedlora.data import labels
 from fedlora.evaluate import evaluate
 from fedlora.guard import Derived, cautions, sensitivity
@@ -27,6 +28,16 @@ from strategies import LoRAStrategy
 
 if TYPE_CHECKING:
     from fedlora.guard import Keeper
+
+
+def _cohort(config: Config) -> str:
+    """Why a cohort has the size that it has."""
+    if config.clients_per_round:
+        return "clients_per_round"
+    if config.fraction is None:
+        return "all"
+    raised = config.cohort_size > round(config.clients * config.fraction)
+    return f"fraction {config.fraction:g}" + (", raised to two" if raised else "")
 
 
 def derive(bench: Workbench, strategy: LoRAStrategy, state: ServerState, guard: Keeper | None) -> Derived:
@@ -44,10 +55,9 @@ def derive(bench: Workbench, strategy: LoRAStrategy, state: ServerState, guard: 
             + (" and the head" if model.trains_head else "")),
         *ranked(strategy),
         *labels.derived(bench.dataset),
-        ("cohort", f"{config.cohort_size} of {config.clients} clients", "clients_per_round" if config.clients_per_round
-            else f"fraction {config.fraction:g}, two at least" if config.fraction is not None else "all"),
-        ("examples a client", f"{counts.min()} / {np.median(counts):g} / {counts.max()}",
-            f"smallest / median / largest of {counts.sum()}, partition {config.partition.name}"),
+        ("cohort", f"{config.cohort_size} of {config.clients} clients", _cohort(config)),
+        ("examples a client", f"{counts.min()} to {counts.max()}, {np.median(counts):g} at the median",
+            f"{counts.sum()} in all, partition {config.partition.name}"),
         ("central test", f"{len(bench.dataset.test)} examples", "dataset.test" if config.dataset.test else
             f"test_fraction {config.dataset.test_fraction:g}"),
         ("device", str(model.device), f"device={config.device}"),

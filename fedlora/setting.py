@@ -46,15 +46,17 @@ def setting(
     takes: Callable[..., Any] | None = None,
     most: float = math.inf,
     only: str | tuple[str, ...] = (),
+    also: str = "",
 ) -> Any:
     """A dataclass field with its default and the sentence that `--help` prints.
 
     `takes` is a check of `fedlora.check`, called with the setting as its one keyword unless the value is null; `most` is the
     largest number. `only` names what must be chosen for the setting to be read, as `Condition.of` has it; all of several.
-    The command line refuses a setting that is not read, and `--help` says what it is read with.
+    The command line refuses a setting that is not read, and `--help` says what it is read with. `also` are names that other
+    programs give the same thing, with spaces between them: who types one is told ours.
     """
     conditions = tuple(Condition.of(text) for text in ((only,) if isinstance(only, str) else only))
-    metadata = {"help": help, "takes": takes, "most": most, "only": conditions}
+    metadata = {"help": help, "takes": takes, "most": most, "only": conditions, "also": tuple(also.split())}
     if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -75,11 +75,18 @@ def say(sentence: str) -> None:
     console.print(sentence, markup=False)
 
 
+SERVERS_OWN = ("results", "name", "engine.", "partition.")  # with deploy
+
+
 def announce(config: Config, derived: list[tuple[str, str, str]]) -> None:
-    """The settings that differ from the defaults, then every derived value with its reason."""
+    """The settings that differ from the defaults, then every derived value with its reason.
+
+    With deploy the server sets some itself; those are not shown.
+    """
     console.print(f"[bold]{config.strategy['name']}[/] on {config.dataset.name} with {config.model.name}")
     for name, value in naming.changed(config).items():
-        say(f"  {name} = {value}")
+        if not (config.deploy and name.startswith(SERVERS_OWN)):
+            say(f"  {name} = {value}")
     for name, value, reason in derived:
         say(f"  {name}: {value}  ({reason})")
 

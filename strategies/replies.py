@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
 
 from fedlora import messages, untrusted
 from fedlora.compression import Shapes
@@ -38,7 +39,12 @@ def authored(replies: Iterable[Message], sent: Sequence[Message]) -> Iterator[tu
 
 
 def error_of(reply: Message) -> str:
-    """The last line of what a failed client says; of our own errors the sentence, without the class in front of it."""
+    """The last line of what a failed client says; of our own errors the sentence, without the class in front of it.
+
+    Of a client that went away Flower writes its own message at length; here that is said in words.
+    """
+    if reply.error.code == ErrorCode.NODE_UNAVAILABLE:
+        return "its device went away before it answered"
     said = str(reply.error.reason or "")[-4096:].strip()
     return OUR_ERROR.sub("", said.splitlines()[-1]) if said else "error"
 

@@ -25,11 +25,11 @@ from fedlora.models.rows import Rows
 from fedlora.privacy.refusals import unsupported
 from tests.conftest import run_py
 from tests.test_experiment import rows_of
-from tests.test_models import VOCABULARY, bert, reviews, vit  # noqa: F401 (fixtures)
+from tests.test_models import bert, reviews, vit  # noqa: F401 (fixtures)
 from tests.test_models import photos as few_photos  # noqa: F401 (fixture)
+from tests.tiny import SIZES, VOCABULARY
 
 CPU = torch.device("cpu")
-SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
 TEXT = [f"{'a ' * (k % 5)}{word} film{' bad' * (k % 3)}" for k in range(8) for word in ("good", "bad")]
 
 

@@ -20,9 +20,8 @@ from fedlora.models.adapted import AdaptedModel
 from fedlora.models.trial import tried
 from fedlora.models.vit_digits import FOLDER
 from tests.test_cohort import factors
-from tests.test_models import CPU, VOCABULARY, bert, gpt2, reviews  # noqa: F401 (fixtures)
-
-SIZES = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+from tests.test_models import CPU, bert, gpt2, reviews  # noqa: F401 (fixtures)
+from tests.tiny import SIZES, VOCABULARY
 
 
 def load(path, dataset, **settings):

@@ -24,7 +24,8 @@ from fedlora.models import load
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.encode import Encoded, Texts
 from fedlora.models.rows import Rows
-from tests.test_models import CPU, VOCABULARY, bert, gpt2, vit  # noqa: F401 (fixtures)
+from tests.test_models import CPU, bert, gpt2, vit  # noqa: F401 (fixtures)
+from tests.tiny import SIZES, VOCABULARY
 
 PRIVATE = Mechanism(0.7, 0.3)
 SHARDS = [9, 2, 1, 14, 6]  # examples of the clients; a batch is four
@@ -35,8 +36,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def llama(gpt2):  # noqa: F811 (its tokenizer is used)
-    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
-    config = transformers.LlamaConfig(vocab_size=len(VOCABULARY), max_position_embeddings=32, **sizes)
+    config = transformers.LlamaConfig(vocab_size=len(VOCABULARY), max_position_embeddings=32, **SIZES)
     transformers.LlamaModel(config).save_pretrained(gpt2)
     return gpt2
 
@@ -44,8 +44,8 @@ def llama(gpt2):  # noqa: F811 (its tokenizer is used)
 @pytest.fixture
 def albert(bert):  # noqa: F811
     """One layer that the model goes through twice."""
-    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, embedding_size=16)
-    transformers.AlbertModel(transformers.AlbertConfig(vocab_size=len(VOCABULARY), **sizes)).save_pretrained(bert)
+    config = transformers.AlbertConfig(vocab_size=len(VOCABULARY), embedding_size=16, **SIZES)
+    transformers.AlbertModel(config).save_pretrained(bert)
     return bert
 
 

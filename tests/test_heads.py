@@ -16,7 +16,8 @@ from fedlora.config import AdapterConfig, ModelConfig
 from fedlora.data import Dataset, Examples
 from fedlora.models import heads
 from fedlora.models.adapted import AdaptedModel
-from tests.test_models import CPU, VOCABULARY, bert  # noqa: F401 (fixtures)
+from tests.test_models import CPU, bert  # noqa: F401 (fixtures)
+from tests.tiny import SIZES, VOCABULARY
 
 TEXTS = ["good", "bad", "film", "a good film", "bad film"]
 
@@ -26,8 +27,7 @@ def classifier(bert):
     """A maker of a BERT with a head for these classes, and of its own answers to TEXTS."""
 
     def make(names, **settings):
-        sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
-        config = transformers.BertConfig(vocab_size=len(VOCABULARY), num_labels=len(names), **sizes, **settings)
+        config = transformers.BertConfig(vocab_size=len(VOCABULARY), num_labels=len(names), **SIZES, **settings)
         if any(names):
             config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
         torch.manual_seed(0)

@@ -9,7 +9,6 @@ import types
 import numpy as np
 import pytest
 import torch
-import transformers
 
 from fedlora import models
 from fedlora.check import ConfigError
@@ -20,9 +19,9 @@ from fedlora.models.adapted import AdaptedModel, file_name
 from fedlora.models.base import Base
 from fedlora.models.encode import Texts
 from fedlora.models.vit_digits import FOLDER
+from tests import tiny
 
 CPU = torch.device("cpu")
-VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "a"]
 
 
 @pytest.fixture
@@ -41,33 +40,17 @@ def photos() -> Dataset:
 
 @pytest.fixture
 def bert(tmp_path):
-    tokenizer = transformers.BertTokenizer(vocab={word: i for i, word in enumerate(VOCABULARY)})
-    tokenizer.save_pretrained(tmp_path)
-    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
-    transformers.BertModel(transformers.BertConfig(vocab_size=len(VOCABULARY), **sizes)).save_pretrained(tmp_path)
-    return tmp_path
+    return tiny.bert(tmp_path)
 
 
 @pytest.fixture
 def vit(tmp_path):
-    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
-    config = transformers.ViTConfig(image_size=8, patch_size=4, num_channels=3, num_labels=3, **sizes)
-    transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
-    processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": 8, "width": 8}, "image_mean": [0.5] * 3}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor | {"image_std": [0.5] * 3}))
-    return tmp_path
+    return tiny.vit(tmp_path)
 
 
 @pytest.fixture
 def gpt2(tmp_path):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="[SEP]").save_pretrained(tmp_path)
-    config = transformers.GPT2Config(vocab_size=len(VOCABULARY), n_embd=16, n_layer=2, n_head=2, n_positions=32)
-    transformers.GPT2Model(config).save_pretrained(tmp_path)
-    return tmp_path
+    return tiny.gpt2(tmp_path)
 
 
 def adapted(path, dataset, seed=0, **settings) -> AdaptedModel:

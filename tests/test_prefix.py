@@ -35,7 +35,8 @@ from tests.test_cohort import (  # noqa: F401 (fixtures)
     together,
     vit,
 )
-from tests.test_models import CPU, VOCABULARY
+from tests.test_models import CPU
+from tests.tiny import SIZES, VOCABULARY
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BLOCKS, COUNT = 4, NEIGHBOURS + 12  # a whole neighbourhood, and a part of one
@@ -269,8 +270,7 @@ def test_blocks_that_hand_on_more_than_hidden_states(make, kind) -> None:
 
 def test_pairs_are_not_mistaken_for_a_batch_of_two(bert, data) -> None:  # noqa: F811
     """DeBERTa's blocks give (hidden states, attention), and (2, T, H) unpacks as a pair."""
-    sizes = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
-    transformers.DebertaV2Model(transformers.DebertaV2Config(vocab_size=len(VOCABULARY), **sizes)).save_pretrained(bert)
+    transformers.DebertaV2Model(transformers.DebertaV2Config(vocab_size=len(VOCABULARY), **SIZES)).save_pretrained(bert)
     base = load(ModelConfig("hf", str(bert)), data, 0)
     model = AdaptedModel(base, AdapterConfig(rank=2, layers=[-1]), CPU)
     examples, model.prefix = base.encode(data.train), Prefix(model)

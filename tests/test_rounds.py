@@ -10,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -366,21 +367,26 @@ def test_a_factor_that_a_client_should_have_trained_is_not_silently_the_old_one(
 
 
 @pytest.mark.parametrize(
-    ("reason", "named"),
+    ("code", "reason", "named"),
     [
-        ("Traceback\n  line\nValueError: 3\n", "ValueError: 3"),
-        ("Traceback\n  line\nfedlora.check.RunError: the sum is over\n", "the sum is over"),
-        ("ConfigError: data.csv does not exist", "data.csv does not exist"),
-        ("  ", "error"),
-        ("", "error"),
+        (ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "Traceback\n  line\nValueError: 3\n", "ValueError: 3"),
+        (
+            ErrorCode.CLIENT_APP_RAISED_EXCEPTION,
+            "Traceback\n  line\nfedlora.check.RunError: the sum is over\n",
+            "the sum is over",
+        ),
+        (ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "ConfigError: data.csv does not exist", "data.csv does not exist"),
+        (ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "  ", "error"),
+        (ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "", "error"),
+        (ErrorCode.NODE_UNAVAILABLE, "Error: Node Unavailable — no heartbeat", "its device went away before it answered"),
     ],
 )
-def test_of_an_error_the_last_line_is_kept(reason: str, named: str) -> None:
+def test_of_an_error_the_last_line_is_kept(code: int, reason: str, named: str) -> None:
     class Failing(StubGrid):
         def _call(self, message: Message) -> Message | None:
             if message.metadata.message_type == "train" and self.nodes[message.metadata.dst_node_id] == 0:
                 message.metadata.__dict__["_message_id"] = "lost"
-                reply = Message(Error(code=5, reason=reason), reply_to=message)
+                reply = Message(Error(code=code, reason=reason), reply_to=message)
                 reply.metadata.__dict__["_src_node_id"] = 1  # the SuperLink answers for a node that was killed
                 return reply
             return super()._call(message)

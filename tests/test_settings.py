@@ -274,6 +274,8 @@ def test_a_comma_in_a_path_is_part_of_it_where_that_file_is_there_or_quotes_say_
         ("trian.steps=3", "trian.steps is not a setting; did you mean train.steps?"),
         ("train.trim=0.1", "train.trim is not a setting; did you mean server.trim?"),
         ("compression.rate=3", "compression.rate is not a setting; the settings of compression are: down, top_k, up"),
+        ("learning_rate=1", "learning_rate is not a setting; did you mean train.lr?"),
+        ("train.local_epochs=1", "train.local_epochs is not a setting; did you mean train.epochs?"),
         ("xyzzy=3", "xyzzy is not a setting; python run.py --help lists the settings"),
     ],
 )

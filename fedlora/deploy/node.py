@@ -89,8 +89,8 @@ class Node:
             if not status or left < RETRY:
                 return status
             print(
-                f"{self.connection.superlink} did not take this device: its key is not registered, or it still counts as "
-                f"connected from before; trying again for {left:.0f} s",
+                f"{self.connection.superlink} refused this device. Either its key is not registered, or the server has not yet "
+                f"noticed that an earlier connection of it ended. Trying again for {left:.0f} s.",
                 flush=True,
             )
             time.sleep(RETRY)

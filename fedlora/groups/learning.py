@@ -17,7 +17,11 @@ class ModelConfig:
     name: str = setting("vit_digits", "vit_digits (embedded, 64 × 4 layers) or hf (any Hugging Face classifier)")
     path: str | None = setting(None, "local folder or hub name of the checkpoint", only="model=hf")
     max_length: int = setting(
-        128, "tokens kept of each text", takes=check.positive, most=1e6, only=("dataset!=digits", "dataset.image=null")
+        128,
+        "the longest text, in tokens; what is beyond is cut off",
+        takes=check.positive,
+        most=1e6,
+        only=("dataset!=digits", "dataset.image=null"),
     )
     dtype: str = setting(
         "float32",
@@ -93,7 +97,9 @@ class AdapterConfig:
     )
     ranks: Any = setting(None, "ranks of the clients: a list, shares such as {4: .5, 8: .5}, or memory (adapter.memory)")
     memory: Any = setting(None, "MB that clients have for training adapters, a list or shares; sets each one's rank")
-    alpha: float = setting(8.0, "LoRA's alpha; the scale of B A is alpha / rank", takes=check.positive_finite, most=FINITE)
+    alpha: float = setting(
+        8.0, "LoRA's alpha; the scale of B A is alpha / rank", takes=check.positive_finite, most=FINITE, also="lora_alpha"
+    )
     dropout: float = setting(0.0, "dropout on the adapter's input while training", takes=check.below_one)
     target_modules: list[str] = setting([], "names (endings) of the linear layers to adapt; empty: query and value")
     layers: list[int] = setting([], "blocks to adapt, such as [-2,-1] for the last two; empty: all")
@@ -116,9 +122,20 @@ class AdapterConfig:
 class TrainConfig:
     """What a client does in one round."""
 
-    steps: int | None = setting(10, "local optimiser steps a round", takes=check.positive, most=1e6, only="train.epochs=null")
+    steps: int | None = setting(
+        10,
+        "local optimiser steps a round",
+        takes=check.positive,
+        most=1e6,
+        only="train.epochs=null",
+        also="local_steps max_steps",
+    )
     epochs: int | None = setting(
-        None, "local passes over the client's data a round, instead of train.steps", takes=check.positive, most=1e6
+        None,
+        "local passes over the client's data a round, instead of train.steps",
+        takes=check.positive,
+        most=1e6,
+        also="local_epochs num_train_epochs",
     )
     batch_size: int = setting(16, "examples a step (a smaller client uses all it has)", takes=check.positive, most=1e9)
     sampling: str = setting(
@@ -128,7 +145,7 @@ class TrainConfig:
         only="privacy!=record",
     )
     optimizer: str = setting("sgd", "sgd or adamw", takes=partial(check.one_of, ("sgd", "adamw")))
-    lr: float = setting(0.5, "learning rate", takes=check.positive_finite, most=FINITE)
+    lr: float = setting(0.5, "learning rate", takes=check.positive_finite, most=FINITE, also="learning_rate client_lr eta")
     momentum: float = setting(0.0, "momentum, fresh in every round", takes=check.below_one, only="train.optimizer=sgd")
     weight_decay: float = setting(0.0, "weight decay on what is trained", takes=check.not_negative, most=FINITE)
     schedule: str = setting(

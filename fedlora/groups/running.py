@@ -97,7 +97,7 @@ class PrivacyConfig:
     )
     epsilon: float | None = setting(
         None,
-        "every client's budget ε; inf: none; record, with noise_multiplier: where it stops",
+        "every client's budget ε; inf: no limit. With privacy=record and noise_multiplier, a client stops before it is spent",
         takes=partial(check.between_or_inf, 0, 1e6),
         only="privacy=record|user",
     )
