@@ -15,6 +15,7 @@ it has started: an orderly end of the interpreter would wait for a Ray that is s
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import select
@@ -100,6 +101,15 @@ class Watch:
         os._exit(status)
 
 
+def _deaf() -> None:
+    """Ignores our signals. Python puts back its own handlers as it ends, and they would change the exit status.
+
+    Registered first with `atexit` and so called last: before that a signal still ends a Ray that does not shut down.
+    """
+    for number in interrupt.NAMES:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _say(sentence: str) -> None:
     """A line on stderr, past whatever locks its stream has."""
     with contextlib.suppress(OSError):
@@ -161,6 +171,7 @@ def run(main: Callable[[], int], stopped: int | None = None) -> int:
 
     After a signal the process ends with `main`: with 128 and the number of the signal, or with `stopped`.
     """
+    atexit.register(_deaf)
     watch = Watch(stopped)
     try:
         status = main()

@@ -1,6 +1,7 @@
 """Settings shared by the tests: small experiments, and the command line in a process of its own."""
 
 import dataclasses
+import logging
 import os
 import runpy
 import subprocess
@@ -28,6 +29,16 @@ def pytest_collection_modifyitems(items):
 def cache(tmp_path_factory):
     """A cache of calibrations of the tests' own, so that they neither use nor change the user's."""
     os.environ["FEDLORA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def flower_log():
+    """Commands quieten Flower's log in their process; here the next test wants to hear it."""
+    logger = logging.getLogger("flwr")
+    before = logger.level, logger.propagate
+    yield
+    logger.setLevel(before[0])
+    logger.propagate = before[1]
 
 
 @pytest.fixture

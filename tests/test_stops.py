@@ -124,6 +124,20 @@ def test_whatever_the_command_started_ends_with_it() -> None:
         assert not psutil.wait_procs(family, timeout=BUSY)[1]
 
 
+LEFT_TO_DO = """
+class Late:
+    def __del__(self, ready=ready, sleep=time.sleep):
+        ready(); sleep(1)
+sys.modules["__main__"].late = Late()
+"""  # for the interpreter, when the work is done
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_interpreter_ends_changes_nothing(number) -> None:
+    with started(LEFT_TO_DO) as process:
+        assert ended(process, number) == (0, "", "")
+
+
 @pytest.mark.parametrize("place", ["main", "thread"])
 def test_handlers_that_a_library_sets_are_put_back(place) -> None:
     """As Ray does: in Python where it is started in the main thread, in C++ anywhere."""
