@@ -2,7 +2,7 @@
 
 import sys
 
-from fedlora import command
+from fedlora.app import command
 
 if __name__ == "__main__":
     sys.exit(command.console())

@@ -25,13 +25,16 @@ import numpy as np
 from flwr.app import Message, MessageType, RecordDict
 
 from benchmarks import sides
-from fedlora import cli, experiment, messages, report, seeds
+from fedlora import seeds
+from fedlora.app import experiment, report
+from fedlora.app.records import Recorder
+from fedlora.arrays import messages
 from fedlora.check import RunError
 from fedlora.config import Config
 from fedlora.engines import CLIENT_APP, cohort
 from fedlora.engines.inline import InlineEngine, InlineGrid
 from fedlora.engines.local import carrying
-from fedlora.records import Recorder
+from fedlora.tools import cli
 
 CLIENTS, ATTACKERS = 20, 6
 USUAL = f"strategy=fedavg clients={CLIENTS} fraction=1 engine=inline engine.cohort=10 checkpoint.every=0"

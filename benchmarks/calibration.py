@@ -22,7 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 
 from benchmarks import sides
-from fedlora.participation import draw_cohort, schedule
+from fedlora.server.participation import draw_cohort, schedule
 
 ROUNDS = 30
 Seconds = tuple[float, float]  # by the wall clock, of CPU

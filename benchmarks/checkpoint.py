@@ -20,12 +20,13 @@ from pathlib import Path
 import numpy as np
 from flwr.app import RecordDict
 
-from fedlora import experiment, messages
+from fedlora.app import experiment
+from fedlora.app.checkpoint import Checkpoint, Checkpoints
+from fedlora.arrays import messages
+from fedlora.arrays.messages import ServerState
 from fedlora.check import ConfigError
-from fedlora.checkpoint import Checkpoint, Checkpoints
-from fedlora.cli import compose
 from fedlora.config import CheckpointConfig
-from fedlora.messages import ServerState
+from fedlora.tools.cli import compose
 
 written: list[tuple[float, int]] = []  # seconds and bytes
 save = Checkpoints.save

@@ -22,7 +22,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from clients import start
 from clients.app import query
 from clients.task import local_steps
-from fedlora import messages, models, workbench
+from fedlora import models
+from fedlora.arrays import messages
+from fedlora.compute import workbench
 from fedlora.models.adapted import AdaptedModel
 
 DELTA = 1e-5

@@ -23,7 +23,9 @@ from benchmarks import sides
 from clients import bounded
 from clients.private import DPOptimizer, Mechanism, NoisyOptimizer
 from clients.train import train
-from fedlora import messages, untrusted, workbench
+from fedlora import untrusted
+from fedlora.arrays import messages
+from fedlora.compute import workbench
 from fedlora.config import Config, TrainConfig
 
 READS = 200

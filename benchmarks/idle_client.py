@@ -9,8 +9,8 @@ from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients.app import CohortApp, query
-from fedlora import messages
-from fedlora.lowrank import Pair
+from fedlora.arrays import messages
+from fedlora.arrays.lowrank import Pair
 
 app, adding = ClientApp(), CohortApp()
 

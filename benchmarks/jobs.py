@@ -17,8 +17,8 @@ from clients.task import Task, simulated_key
 from clients.train import perform
 from fedlora import config as settings
 from fedlora import seeds
+from fedlora.compute.workbench import Workbench
 from fedlora.config import Config, TrainConfig
-from fedlora.workbench import Workbench
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 

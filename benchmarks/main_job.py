@@ -20,10 +20,11 @@ from dataclasses import replace
 
 from benchmarks import jobs, sides
 from clients import cost
-from fedlora import experiment, report, workbench
+from fedlora.app import experiment, report
+from fedlora.app.records import Recorder
+from fedlora.compute import workbench
 from fedlora.config import Config, EngineConfig, PrivacyConfig
 from fedlora.engines import CLIENT_APP
-from fedlora.records import Recorder
 
 SIDES = {
     "fedlora, engine=ray": ("ray", CLIENT_APP),

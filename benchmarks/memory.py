@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import jobs, sides
-from fedlora import experiment
+from fedlora.app import experiment
 from fedlora.config import EngineConfig
 
 

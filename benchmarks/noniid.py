@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import strategies
-from fedlora import cells, cli, report
-from fedlora.sweep import interval
+from fedlora.app import cells, report
+from fedlora.app.sweep import interval
+from fedlora.tools import cli
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RATES = (0.1, 0.3, 1.0, 3.0)

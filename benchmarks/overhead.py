@@ -28,10 +28,11 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 import strategies
 from benchmarks import sides
-from fedlora import engines, messages, seeds
+from fedlora import engines, seeds
+from fedlora.arrays import messages
+from fedlora.arrays.lowrank import Pair
 from fedlora.config import TrainConfig
 from fedlora.engines.inline import InlineGrid
-from fedlora.lowrank import Pair
 
 APP = "benchmarks.idle_client:app"
 

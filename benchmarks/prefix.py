@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import jobs, sides
-from fedlora import workbench
+from fedlora.compute import workbench
 from fedlora.config import EngineConfig
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks import sides
 from clients.private import Mechanism
 from clients.train import train
-from fedlora import workbench
+from fedlora.compute import workbench
 from fedlora.config import Config, TrainConfig
 
 

@@ -29,12 +29,13 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 import strategies
 from benchmarks import sides
-from fedlora import lowrank, seeds
-from fedlora.lowrank import Adapters, Pair
-from fedlora.messages import ServerState, Update
+from fedlora import seeds
+from fedlora.arrays import lowrank
+from fedlora.arrays.lowrank import Adapters, Pair
+from fedlora.arrays.messages import ServerState, Update
+from fedlora.server.updates import shares
 from strategies import LoRAStrategy
 from strategies.lora_fair import LoRAFair
-from strategies.updates import shares
 
 
 def main() -> None:

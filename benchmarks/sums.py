@@ -17,9 +17,10 @@ import numpy as np
 
 import strategies
 from benchmarks import sides
-from fedlora import engines, messages, seeds
+from fedlora import engines, seeds
+from fedlora.arrays import messages
+from fedlora.arrays.lowrank import Pair
 from fedlora.config import Config, EngineConfig
-from fedlora.lowrank import Pair
 
 SIDES = {"added on workers": "benchmarks.idle_client:adding", "added on the server": "benchmarks.idle_client:app"}
 

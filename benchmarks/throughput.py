@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import jobs, sides
-from fedlora import workbench
+from fedlora.compute import workbench
 
 JOBS = ["vit-4", "vit-16", "minilm-4x16", "minilm-16x16", "minilm-16x32"]
 

@@ -29,14 +29,15 @@ from benchmarks import jobs, sides
 from clients import cost
 from clients.task import Task
 from clients.train import perform
-from fedlora import experiment, report, workbench
+from fedlora.app import experiment, report
+from fedlora.app.records import Recorder
+from fedlora.arrays.messages import ServerState, Update
+from fedlora.compute import workbench
+from fedlora.compute.evaluate import evaluate
+from fedlora.compute.workbench import Workbench
 from fedlora.config import CheckpointConfig, Config, EngineConfig, EvaluateConfig
 from fedlora.engines import CLIENT_APP
-from fedlora.evaluate import evaluate
-from fedlora.messages import ServerState, Update
-from fedlora.participation import draw_cohort
-from fedlora.records import Recorder
-from fedlora.workbench import Workbench
+from fedlora.server.participation import draw_cohort
 
 CLIENTS = 1000
 

@@ -17,12 +17,12 @@ from flwr.clientapp import ClientApp
 
 from clients import asked, start
 from clients.start import Start, Trained
-from fedlora import messages, sums
+from fedlora.arrays import messages, sums
 from fedlora.check import RunError
 
 if TYPE_CHECKING:
     from clients.task import Task
-    from fedlora.workbench import Workbench
+    from fedlora.compute.workbench import Workbench
 
 
 KEY = "key"  # of a device's own node configuration: the key of one private training, 64 hexadecimal digits
@@ -79,7 +79,7 @@ class CohortApp(ClientApp):
         return training and bool(message.content.config_records[messages.CONFIG].get(messages.ADDS))
 
     def added(self, replies: list[Message]) -> list[Message]:
-        """The replies, one sum in the place of what they hold; see `fedlora.sums`."""
+        """The replies, one sum in the place of what they hold; see `fedlora.arrays.sums`."""
         return sums.added(replies)
 
 
@@ -125,7 +125,7 @@ for _action in asked.ACTIONS_KNOWN:
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Test the broadcast model, with what is this client's own, on the examples that it holds back (none: a count of zero)."""
-    from fedlora.evaluate import evaluate as evaluate_locally
+    from fedlora.compute.evaluate import evaluate as evaluate_locally
 
     _, bench = _job(message)
     (begun,) = _starts([(message, context)], bench)
@@ -141,7 +141,7 @@ def evaluate(message: Message, context: Context) -> Message:
 
 def _job(message: Message) -> tuple[ConfigRecord, Workbench]:
     """The message's settings, and the workbench of its experiment."""
-    from fedlora import workbench
+    from fedlora.compute import workbench
 
     job: ConfigRecord = message.content.config_records[messages.CONFIG]
     return job, workbench.build_from(str(job[messages.EXPERIMENT]))

@@ -1,6 +1,6 @@
 """What a client answers when it is asked, after its training, for something made of what it keeps.
 
-    sketch, project                     products of its factors with public matrices (FedASK; `fedlora.sketch`)
+    sketch, project                     products of its factors with public matrices (FedASK; `fedlora.arrays.sketch`)
     advertise, share, mask, unmask      its part in a sum that hides its own term (`fedlora.secure`)
 
 Each is a function of the client's own state (changed), the job that the round began with, and the arrays that ask.
@@ -15,9 +15,9 @@ import numpy as np
 from flwr.app import ConfigRecord, RecordDict
 
 from clients.start import BEGUN, TRAINED
-from fedlora import messages, sketch
-from fedlora.lowrank import Adapters, Pair
-from fedlora.messages import EXAMPLES
+from fedlora.arrays import messages, sketch
+from fedlora.arrays.lowrank import Adapters, Pair
+from fedlora.arrays.messages import EXAMPLES
 from fedlora.secure import ACTIONS, LEAST, Participant
 from fedlora.secure.forms import form
 

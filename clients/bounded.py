@@ -24,14 +24,14 @@ from clients.cohort import Cohort, Member
 from clients.private import hooks
 from clients.task import Task
 from fedlora import check
+from fedlora.arrays.lowrank import Pair
+from fedlora.arrays.messages import rotation
 from fedlora.check import ConfigError
-from fedlora.lowrank import Pair
-from fedlora.messages import rotation
+from fedlora.compute.workbench import Workbench
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.encode import Texts
 from fedlora.models.targets import file_name
 from fedlora.privacy.refusals import trained, unsupported
-from fedlora.workbench import Workbench
 
 TOLERANCE = 1e-4  # relative, between two ways to compute one gradient in float32
 COARSE = 32  # roundings of a base of lower precision, where those are more

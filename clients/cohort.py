@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from clients.start import Trained
 from clients.task import Task
 from clients.train import mean
-from fedlora import lowrank
-from fedlora.lowrank import Adapters, Pair
-from fedlora.models.dropout import ByPlace, ByRecord, Masks
+from fedlora.arrays import lowrank
+from fedlora.arrays.lowrank import Adapters, Pair
+from fedlora.compute.dropout import ByPlace, ByRecord, Masks
+from fedlora.compute.layout import Layout
+from fedlora.compute.rows import Rows, Span
 from fedlora.models.encode import Encoded, moved
-from fedlora.models.layout import Layout
-from fedlora.models.rows import Rows, Span
 
 if TYPE_CHECKING:
     from clients.private import PrivateDescent

@@ -22,8 +22,8 @@ from clients.cohort import Member, train_together
 from clients.task import Task, simulated_key
 from clients.train import perform
 from fedlora import cache
-from fedlora.messages import rotation
-from fedlora.workbench import Workbench
+from fedlora.arrays.messages import rotation
+from fedlora.compute.workbench import Workbench
 
 STEPS = 2  # of a client, in each measurement
 SIZES = (1, 2, 4, 8, 16, 32, 64)

@@ -19,14 +19,14 @@ from opacus.optimizers import DPOptimizer
 from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
 from torch import Tensor, nn
 
-from fedlora import lowrank
+from fedlora.arrays import lowrank
+from fedlora.arrays.lowrank import Adapters, Pair
+from fedlora.arrays.messages import rotation
 from fedlora.check import RunError
-from fedlora.lowrank import Adapters, Pair
-from fedlora.messages import rotation
+from fedlora.compute.dropout import ByRecord, dropouts, dropped
+from fedlora.compute.layout import Layout
 from fedlora.models.adapted import AdaptedModel
-from fedlora.models.dropout import ByRecord, dropouts, dropped
 from fedlora.models.encode import Encoded, moved
-from fedlora.models.layout import Layout
 from fedlora.seeds import Stream
 
 UNBOUNDED = 1e30  # stands for an infinite clip, which Opacus would multiply by σ = 0
@@ -207,7 +207,7 @@ def rows_are_not_records(rows: int, records: int) -> RunError:
     """What to say where a trained layer sees other rows than records."""
     return RunError(
         f"a trained layer sees {rows} rows for {records} records, so clipping would bound no record; adapt other "
-        "layers by adapter.target_modules (python -m fedlora.privacy.selftest names them)"
+        "layers by adapter.target_modules (python -m fedlora.tools.selftest names them)"
     )
 
 

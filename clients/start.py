@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
-from fedlora import compression, messages
-from fedlora.lowrank import Adapters, Pair
+from fedlora.arrays import compression, messages
+from fedlora.arrays.lowrank import Adapters, Pair
 
 if TYPE_CHECKING:
-    from fedlora.messages import Arrays
-    from fedlora.workbench import Workbench
+    from fedlora.arrays.messages import Arrays
+    from fedlora.compute.workbench import Workbench
 
 PERSONAL, TRAINED, LEFT, LEFT_AT = "personal", "trained", "left", "left-at"  # records of a client's own state
 BEGUN = "begun"  # array of what a client has trained for a secure sum: the digest of what it started from

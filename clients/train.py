@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from clients.task import Task, simulated_key
+from fedlora.compute.layout import Layout
 from fedlora.config import TrainConfig
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.encode import Encoded
-from fedlora.models.layout import Layout
 
 if TYPE_CHECKING:
     from clients.private import Mechanism

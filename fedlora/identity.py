@@ -57,7 +57,8 @@ def sources(config: Config, launched: bool = False) -> dict[str, str]:
     deploy the data are the server's own, its test set; for whoever launches it (`launched`) the code alone, since data and
     model are on the server. Raises ConfigError where data or model cannot be read.
     """
-    from fedlora import models, resident
+    from fedlora import models
+    from fedlora.data import resident
 
     code = {STRATEGY: strategy_digest(config.strategy["name"])}
     if launched:

@@ -13,7 +13,7 @@ from typing import Any
 NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
 
 received: int | None = None  # the first of these signals that came
-watched = False  # whether this process is a command of ours (`fedlora.command`), which ends after such a signal
+watched = False  # whether this process is a command of ours (`fedlora.app.command`), which ends after such a signal
 begun = False  # whether work was ever under way, so that something may have been saved
 work: list[CtrlC] = []  # what is under way and has something to save
 _before: Any = None  # the handler of Ctrl-C outside of it, where this process is no command of ours

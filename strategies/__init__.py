@@ -16,8 +16,8 @@ from functools import cache
 from typing import Any, NamedTuple, get_type_hints
 
 from fedlora import check
+from fedlora.arrays.messages import ServerState, Update
 from fedlora.check import ConfigError
-from fedlora.messages import ServerState, Update
 from strategies.base import FlowerFedAvg, LoRAStrategy
 
 MOST = 1e9  # that a whole number of a strategy's own settings may be

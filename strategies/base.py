@@ -1,7 +1,7 @@
 """What every federated LoRA strategy shares: a real Flower strategy around one pure `merge`.
 
 A subclass is the paper's server step and nothing else. This file draws the cohort, averages what is not an adapter (the
-head), measures the round, and speaks Flower; `strategies.wire` is what travels.
+head), measures the round, and speaks Flower; `fedlora.server.wire` is what travels.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 
-from fedlora import check, messages
+from fedlora import check
+from fedlora.arrays import messages
+from fedlora.arrays.lowrank import Adapters
+from fedlora.arrays.messages import ServerState, Update
 from fedlora.check import ConfigError, RunError
-from fedlora.lowrank import Adapters
-from fedlora.messages import ServerState, Update
-from fedlora.participation import draw_cohort
-from strategies import foreign
-from strategies.evaluation import Evaluation, share_of
-from strategies.metrics import client_metrics, geometry, signal_to_noise
-from strategies.report import RoundReport
-from strategies.rollcall import RollCall
-from strategies.secure import SecureMean
-from strategies.updates import average_dense, capped
-from strategies.wire import Ask, whole
+from fedlora.server import foreign
+from fedlora.server.evaluation import Evaluation, share_of
+from fedlora.server.metrics import client_metrics, geometry, signal_to_noise
+from fedlora.server.participation import draw_cohort
+from fedlora.server.report import RoundReport
+from fedlora.server.rollcall import RollCall
+from fedlora.server.secure import SecureMean
+from fedlora.server.updates import average_dense, capped
+from fedlora.server.wire import Ask, whole
 
 __all__ = ["FlowerFedAvg", "LoRAStrategy", "RoundReport"]
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any
 
-from fedlora import lowrank
+from fedlora.arrays import lowrank
+from fedlora.arrays.messages import ServerState, Update
 from fedlora.check import ConfigError
-from fedlora.messages import ServerState, Update
+from fedlora.server.updates import shares
 from strategies.base import LoRAStrategy
-from strategies.updates import shares
 
 
 class FedSB(LoRAStrategy):

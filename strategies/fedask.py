@@ -15,12 +15,13 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from fedlora import check, lowrank, sketch
-from fedlora.lowrank import Pair
-from fedlora.messages import ServerState, Update
+from fedlora import check
+from fedlora.arrays import lowrank, sketch
+from fedlora.arrays.lowrank import Pair
+from fedlora.arrays.messages import ServerState, Update
+from fedlora.server.updates import layers, shares
+from fedlora.server.wire import Ask, Shapes
 from strategies.base import LoRAStrategy
-from strategies.updates import layers, shares
-from strategies.wire import Ask, Shapes
 
 
 class FedASK(LoRAStrategy):

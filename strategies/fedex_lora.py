@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fedlora import lowrank
-from fedlora.lowrank import Pair
-from fedlora.messages import ServerState, Update
+from fedlora.arrays import lowrank
+from fedlora.arrays.lowrank import Pair
+from fedlora.arrays.messages import ServerState, Update
+from fedlora.server.updates import layers, shares
 from strategies.base import LoRAStrategy
-from strategies.updates import layers, shares
 
 
 class FedExLoRA(LoRAStrategy):

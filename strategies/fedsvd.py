@@ -11,11 +11,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any
 
-from fedlora import check, lowrank
-from fedlora.lowrank import Pair
-from fedlora.messages import ServerState, Update
+from fedlora import check
+from fedlora.arrays import lowrank
+from fedlora.arrays.lowrank import Pair
+from fedlora.arrays.messages import ServerState, Update
+from fedlora.server.updates import layers, shares
 from strategies.base import LoRAStrategy
-from strategies.updates import layers, shares
 
 
 class FedSVD(LoRAStrategy):

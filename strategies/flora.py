@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from fedlora import lowrank, seeds
+from fedlora import seeds
+from fedlora.arrays import lowrank
+from fedlora.arrays.lowrank import Pair
+from fedlora.arrays.messages import ServerState, Update
 from fedlora.check import ConfigError
-from fedlora.lowrank import Pair
-from fedlora.messages import ServerState, Update
+from fedlora.server.updates import layers, shares
 from strategies.base import LoRAStrategy
-from strategies.updates import layers, shares
 
 
 class FLoRA(LoRAStrategy):

@@ -186,9 +186,9 @@ class _Accepted(Exception):
 
 def _parses(module: str, arguments: list[str]) -> None:
     """The command's own parser takes the arguments; those that are settings of run.py are composed as well."""
-    from fedlora.privacy import audit
+    from fedlora.tools import audit
 
-    if module == "fedlora.privacy.audit":
+    if module == "fedlora.tools.audit":
         audit.parse(arguments)
         return
     real, taken = argparse.ArgumentParser.parse_args, None
@@ -216,7 +216,7 @@ def _composes(settings: list[str]) -> None:
 
     Of a sweep only those cells are composed that together have each of its values.
     """
-    from fedlora import cli
+    from fedlora.tools import cli
 
     def few(overrides: list[str], multirun: bool) -> list[list[str]]:
         seen: set[str] = set()
@@ -304,9 +304,9 @@ def app_of_somebody_else() -> dict[str, Any]:
 def run_that_goes_on() -> dict[str, Any]:
     """`strategy`, and what the 17 rounds of it left that are done."""
     import strategies
-    from fedlora import messages
-    from fedlora.lowrank import Pair
-    from fedlora.messages import ServerState
+    from fedlora.arrays import messages
+    from fedlora.arrays.lowrank import Pair
+    from fedlora.arrays.messages import ServerState
     from tests.test_rounds import StubGrid, honest, initial
 
     arrays = initial("fedsvd")

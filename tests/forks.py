@@ -15,7 +15,7 @@ import torch
 
 import clients.train
 from clients import private  # noqa: F401  # Opacus takes a second to load
-from fedlora import cli
+from fedlora.tools import cli
 from tests.conftest import ROOT
 
 perform = clients.train.perform

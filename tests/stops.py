@@ -19,7 +19,7 @@ from typing import NamedTuple
 import psutil
 from safetensors import safe_open
 
-from fedlora.checkpoint import Checkpoint
+from fedlora.app.checkpoint import Checkpoint
 from tests.conftest import ROOT
 
 PATIENCE = 500.0  # seconds for the event to come, on a busy machine

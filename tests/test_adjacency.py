@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from fedlora import cli, experiment, records
+from fedlora.app import experiment, records
 from fedlora.check import ConfigError
 from fedlora.privacy import accounting, calibration, pairs, user_level
 from fedlora.privacy.accounting import LooserBound, epsilon, gaussian, halved
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.user_level import SAMPLING, user_epsilon, user_noise_multiplier
+from fedlora.tools import cli
 from tests.conftest import ROOT
 from tests.test_user_level import DELTA as USER_DELTA
 from tests.test_user_level import K, M, Q, R, Z, attack

@@ -14,8 +14,8 @@ from clients.private import NoisyOptimizer, PrivateStep
 from clients.task import simulated_key
 from fedlora import seeds
 from fedlora.check import ConfigError
-from fedlora.privacy import audit as privacy_audit
-from fedlora.privacy.audit import Settings, audit, lower_bound, main, p_value, parse
+from fedlora.tools import audit as privacy_audit
+from fedlora.tools.audit import Settings, audit, lower_bound, main, p_value, parse
 
 ALONE = Settings(clients=300, canaries=300, sample_rate=0.1, steps=8)  # a canary a client: four batches of five are empty
 
@@ -189,7 +189,7 @@ def test_the_command_line_prints_both_numbers_and_a_verdict(capsys, monkeypatch)
 def test_help_has_usage_every_setting_and_the_exit_statuses(capsys, flag) -> None:
     assert main([flag]) == 0
     shown = capsys.readouterr().out
-    assert shown.startswith("usage: python -m fedlora.privacy.audit [setting=value …]\n") and "exit status: 0 " in shown
+    assert shown.startswith("usage: python -m fedlora.tools.audit [setting=value …]\n") and "exit status: 0 " in shown
     for item in dataclasses.fields(Settings):
         assert f"  {item.name} ({item.default:g}) " in shown and item.metadata["help"] in shown
 

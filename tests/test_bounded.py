@@ -13,15 +13,16 @@ from torch import nn
 from clients import bounded, private
 from clients.private import Mechanism
 from clients.train import train
-from fedlora import experiment, plan, workbench
+from fedlora.app import experiment, plan
 from fedlora.check import ConfigError
+from fedlora.compute import workbench
+from fedlora.compute.rows import Rows
 from fedlora.config import AdapterConfig, Config, ModelConfig
 from fedlora.data import Dataset, Examples
 from fedlora.models import load
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.base import Base
 from fedlora.models.encode import Images
-from fedlora.models.rows import Rows
 from fedlora.privacy.refusals import unsupported
 from tests.conftest import run_py
 from tests.test_experiment import rows_of

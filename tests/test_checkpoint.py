@@ -19,14 +19,17 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 import strategies
-from fedlora import cli, disk, experiment, messages, records
+from fedlora import disk
+from fedlora.app import experiment, records
+from fedlora.app.checkpoint import Checkpoint, Checkpoints, Released, history
+from fedlora.arrays import messages
+from fedlora.arrays.lowrank import Pair
+from fedlora.arrays.messages import ServerState
 from fedlora.check import ConfigError, RunError
-from fedlora.checkpoint import Checkpoint, Checkpoints, Released, history
 from fedlora.engines.local import LocalGrid
-from fedlora.lowrank import Pair
-from fedlora.messages import ServerState
-from fedlora.privacy.dp_fedavg import UserLedger
 from fedlora.privacy.ledger import Ledger
+from fedlora.server.dp_fedavg import UserLedger
+from fedlora.tools import cli
 from tests.conftest import ROOT
 
 FRESH = ("seconds", "started", "client_seconds")  # of a line, and what begins so: a continued run measures its own

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from fedlora import cli
 from fedlora.config import declared
+from fedlora.tools import cli
 from tests.conftest import ROOT, run_py
 
 FAST = ["engine=inline", "clients=4", "rounds=2", "fraction=null", "train.steps=1", "device=cpu"]

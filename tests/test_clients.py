@@ -6,7 +6,7 @@ import torch
 
 from clients.task import batches, local_steps, rate
 from clients.train import train
-from fedlora import workbench
+from fedlora.compute import workbench
 from fedlora.config import TrainConfig
 
 

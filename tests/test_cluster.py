@@ -9,8 +9,10 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from fedlora import cells, check, cli, terminal
+from fedlora import check
+from fedlora.app import cells, terminal
 from fedlora.engines import cluster, make, pool
+from fedlora.tools import cli
 from tests.conftest import ROOT
 from tests.test_engines import fit
 

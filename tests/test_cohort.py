@@ -17,13 +17,16 @@ from clients.cohort import Cohort, Member, Trained, train_together
 from clients.private import Mechanism
 from clients.task import Task, simulated_key
 from clients.train import perform
-from fedlora import engines, experiment, messages, workbench
+from fedlora import engines
+from fedlora.app import experiment
+from fedlora.arrays import messages
+from fedlora.compute import workbench
+from fedlora.compute.rows import Rows
 from fedlora.config import AdapterConfig, ModelConfig, TrainConfig
 from fedlora.data import Dataset, Examples
 from fedlora.models import load
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.encode import Encoded, Texts
-from fedlora.models.rows import Rows
 from tests.test_models import CPU, bert, gpt2, vit  # noqa: F401 (fixtures)
 from tests.tiny import SIZES, VOCABULARY
 

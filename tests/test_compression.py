@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, RecordDict
 
-from fedlora import compression
+from fedlora.arrays import compression
+from fedlora.arrays.compression import LEVELS, METHODS, carried, encode, encode_with_feedback
+from fedlora.arrays.messages import array_bytes
 from fedlora.check import ConfigError
-from fedlora.compression import LEVELS, METHODS, carried, encode, encode_with_feedback
-from fedlora.messages import array_bytes
 from fedlora.untrusted import Malformed
 
 LOSSY = METHODS[1:]

@@ -7,11 +7,13 @@ import pytest
 import torch
 import transformers
 
-from fedlora import experiment, lowrank, messages, records, workbench
-from fedlora.lowrank import Adapters, Pair
+from fedlora.app import experiment, records
+from fedlora.arrays import lowrank, messages
+from fedlora.arrays.lowrank import Adapters, Pair
+from fedlora.compute import workbench
+from fedlora.compute.rows import Rows
 from fedlora.models import export
 from fedlora.models.adapted import AdaptedModel
-from fedlora.models.rows import Rows
 from tests.test_cohort import sharpen
 from tests.test_models import adapted, bert, gpt2, reviews  # noqa: F401 (fixtures)
 from tests.test_wire import bits, play

@@ -10,8 +10,9 @@ import pytest
 
 from clients import cost
 from clients.task import Task
-from fedlora import cache, workbench
+from fedlora import cache
 from fedlora.check import ConfigError
+from fedlora.compute import workbench
 from fedlora.config import TrainConfig
 
 

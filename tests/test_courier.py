@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from fedlora import report
+from fedlora.app import report
 from fedlora.check import RunError
 from fedlora.config import Config
 from fedlora.deploy import courier, launch

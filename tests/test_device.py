@@ -23,8 +23,11 @@ from flwr.supercore.task_identity import TaskIdentity
 from clients import app
 from clients.private import Mechanism
 from clients.task import Task
-from fedlora import data, experiment, messages, sketch, traffic, workbench
+from fedlora import data
+from fedlora.app import experiment, traffic
+from fedlora.arrays import messages, sketch
 from fedlora.check import ConfigError, RunError
+from fedlora.compute import workbench
 from fedlora.config import Config, DatasetConfig, TrainConfig
 from fedlora.deploy import client, launch, node, preview, server
 from fedlora.deploy.account import TRAIN, Account, Permit, Work
@@ -36,9 +39,9 @@ from fedlora.deploy.limits import Limits
 from fedlora.deploy.node import Connection, Node
 from fedlora.deploy.reasons import Reason, Refused, printable
 from fedlora.deploy.sums import SecureSums
-from fedlora.participation import draw_cohort
 from fedlora.secure import Identity
-from strategies.rollcall import RollCall
+from fedlora.server.participation import draw_cohort
+from fedlora.server.rollcall import RollCall
 from tests.conftest import ROOT, write_digits
 from tests.fuzz import messages as fuzz
 
@@ -660,7 +663,7 @@ def test_a_device_numbers_classes_as_the_experiment_does(own, asked) -> None:
     ],
 )
 def test_settings_that_do_not_go_with_devices_are_refused_in_one_sentence(overrides, sentence, capsys) -> None:
-    from fedlora import cli
+    from fedlora.tools import cli
 
     usual = ["deploy=here", "dataset=files", "dataset.text=text", "dataset.classes=[a,b]", "model=hf", "model.path=x"]
     assert cli.main(ROOT / "configs", [*usual, *overrides]) == 2

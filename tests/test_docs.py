@@ -6,9 +6,10 @@ import re
 
 import numpy as np
 
-from fedlora import experiment, workbench
+from fedlora.app import experiment
+from fedlora.app.assembly import make_strategy
+from fedlora.compute import workbench
 from fedlora.config import Config, from_dict
-from fedlora.server import make_strategy
 from tests.conftest import ROOT
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedlora import cli, data
+from fedlora import data
 from fedlora.check import ConfigError
 from fedlora.config import Config, DatasetConfig, declared
 from fedlora.data import Dataset, Examples, domains
+from fedlora.tools import cli
 from tests.conftest import ROOT, run_py
 
 ALL = ["plain", "rotation", "inversion", "stroke", "blur"]

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 
 import strategies
-from fedlora import experiment, records, seeds
+from fedlora import seeds
+from fedlora.app import experiment, records
+from fedlora.arrays.lowrank import Pair
+from fedlora.arrays.messages import ServerState, Update, fold, rotation
 from fedlora.check import ConfigError, RunError
 from fedlora.config import Config, PrivacyConfig
-from fedlora.lowrank import Pair
-from fedlora.messages import ServerState, Update, fold, rotation
-from fedlora.participation import draw_secretly
-from fedlora.privacy.dp_fedavg import UserGuard, UserLedger
 from fedlora.privacy.user_level import user_epsilon
+from fedlora.server.dp_fedavg import UserGuard, UserLedger
+from fedlora.server.participation import draw_secretly
 from tests.test_experiment import rows_of
 
 

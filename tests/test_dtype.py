@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 from clients.private import Mechanism, PrivateDescent
 from fedlora.check import ConfigError
-from fedlora.evaluate import predict
+from fedlora.compute.evaluate import predict
 from fedlora.models import export
 from tests.test_cohort import (  # noqa: F401 (fixtures)
     PRIVATE,

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fedlora import experiment
+from fedlora.app import experiment
 from fedlora.deploy.account import LEDGER, Account
 from fedlora.deploy.limits import Limits
 from fedlora.deploy.reasons import Reason

@@ -9,9 +9,11 @@ import pytest
 
 import strategies
 from clients.start import LEFT, LEFT_AT
-from fedlora import compression, experiment, messages, workbench
+from fedlora.app import experiment
+from fedlora.app.assembly import make_strategy
+from fedlora.arrays import compression, messages
 from fedlora.check import ConfigError
-from fedlora.server import make_strategy
+from fedlora.compute import workbench
 from tests.test_wire import bits, play
 
 METHODS = ("float16", "int8", "int4", "top_k")

@@ -10,8 +10,11 @@ import pytest
 from flwr.app import ConfigRecord
 
 import strategies
-from fedlora import engines, experiment, messages, workbench
+from fedlora import engines
+from fedlora.app import experiment
+from fedlora.arrays import messages
 from fedlora.check import RunError
+from fedlora.compute import workbench
 from fedlora.engines import pool
 from tests import apps
 

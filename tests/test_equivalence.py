@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 
 import strategies
-from fedlora import lowrank, seeds
-from fedlora.lowrank import Pair
-from fedlora.messages import ServerState, Update
+from fedlora import seeds
+from fedlora.arrays import lowrank
+from fedlora.arrays.lowrank import Pair
+from fedlora.arrays.messages import ServerState, Update
 
 M, N, R, SCALE, LR, STEPS, ROUNDS, CLIENTS = 5, 12, 3, 2.0, 0.3, 4, 8, 5  # classes, features, rank, …
 Optimiser = Callable[[np.ndarray], np.ndarray]  # gradient of B → step of B

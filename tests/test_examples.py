@@ -104,7 +104,7 @@ def test_the_files_of_extending_work_and_its_commands_run(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("arguments", [["run.py", "strategy=fedsvdd"], ["run.py", "-m", "seed=1,2", "client=3"],
-                                       ["-m", "fedlora.privacy.audit", "canary=3"],
+                                       ["-m", "fedlora.tools.audit", "canary=3"],
                                        ["-m", "benchmarks.bounds", "--nothing"]])  # fmt: skip
 def test_a_command_that_does_not_exist_is_refused(arguments, tmp_path, capsys) -> None:
     with pytest.raises((ConfigError, SystemExit)):
@@ -120,7 +120,8 @@ def test_a_setting_that_does_not_exist_is_found(span) -> None:
 
 def test_flora_of_the_readme_learns(tmp_path) -> None:
     """At the default learning rate it falls from 74 to 43 % within two rounds."""
-    from fedlora import cli, experiment
+    from fedlora.app import experiment
+    from fedlora.tools import cli
 
     (tmp_path / "shell").mkdir()
     printed = [command.settings or [] for command in examples.commands(ROOT / "README.md", tmp_path / "shell")]

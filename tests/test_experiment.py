@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora import experiment, naming, records, report, sweep, workbench
+from fedlora.app import experiment, naming, records, report, sweep
+from fedlora.app.study import Study
 from fedlora.check import ConfigError, RunError
+from fedlora.compute import workbench
+from fedlora.compute.evaluate import evaluate, macro_f1
 from fedlora.config import Config
-from fedlora.evaluate import evaluate, macro_f1
-from fedlora.study import Study
 
 
 def rows_of(config) -> list[dict]:

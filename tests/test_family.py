@@ -18,13 +18,14 @@ import numpy as np
 import pytest
 
 import strategies
-from fedlora import lowrank, seeds, sketch
+from fedlora import seeds
+from fedlora.arrays import lowrank, sketch
+from fedlora.arrays.lowrank import Adapters, Pair
+from fedlora.arrays.messages import ServerState, Update
 from fedlora.check import ConfigError
-from fedlora.lowrank import Adapters, Pair
-from fedlora.messages import ServerState, Update
+from fedlora.server.metrics import geometry
+from fedlora.server.wire import Contents, Shapes
 from strategies import LoRAStrategy
-from strategies.metrics import geometry
-from strategies.wire import Contents, Shapes
 
 LAYERS = {"head": (2, 8), "query": (9, 7), "value": (5, 11)}  # name → (m, n); the first has fewer rows than the rank
 RANK, SCALE = 3, 0.5

@@ -15,9 +15,13 @@ from flwr.app import Context, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 
 from clients import app
-from fedlora import disk, experiment, messages, report
+from fedlora import disk
+from fedlora.app import experiment, report
+from fedlora.app.checkpoint import Checkpoints
+from fedlora.app.folder import LOCK
+from fedlora.app.records import Recorder
+from fedlora.arrays import messages
 from fedlora.check import ConfigError, RunError
-from fedlora.checkpoint import Checkpoints
 from fedlora.config import CheckpointConfig, Config, DatasetConfig
 from fedlora.deploy import launch, memory, preview, server
 from fedlora.deploy.account import Account
@@ -28,11 +32,9 @@ from fedlora.deploy.limits import Limits
 from fedlora.deploy.memory import Memory
 from fedlora.deploy.sums import SecureSums
 from fedlora.engines.local import LocalGrid, carrying
-from fedlora.folder import LOCK
-from fedlora.privacy.dp_fedavg import UserLedger
 from fedlora.privacy.ledger import Ledger
-from fedlora.records import Recorder
 from fedlora.secure import Identity
+from fedlora.server.dp_fedavg import UserLedger
 from tests.conftest import write_digits
 from tests.test_checkpoint import fails_after, outcome
 
@@ -227,7 +229,7 @@ class Federation:
 @pytest.fixture
 def federation(small, tmp_path, monkeypatch):
     write_digits(tmp_path / "data", 4, each=16)
-    monkeypatch.setattr("fedlora.report.tested", lambda rows: False)  # no pictures
+    monkeypatch.setattr("fedlora.app.report.tested", lambda rows: False)  # no pictures
 
     def make(name: str, epsilon: float = math.inf, **settings) -> Federation:
         usual = {

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from fedlora import disk, experiment, folder, records, report
+from fedlora import disk
+from fedlora.app import experiment, folder, records, report
+from fedlora.app.checkpoint import Checkpoints
 from fedlora.check import ConfigError, RunError
-from fedlora.checkpoint import Checkpoints
 from tests.fuzz import files as fuzz
 from tests.test_checkpoint import broken_off, lines, outcome, quick  # noqa: F401  # a fixture
 

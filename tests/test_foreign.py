@@ -18,13 +18,15 @@ from flwr.serverapp import strategy as flower
 from flwr.supercore.task_identity import TaskIdentity
 
 import strategies
-from fedlora import cli, lowrank, messages
+from fedlora.arrays import lowrank, messages
+from fedlora.arrays.lowrank import Pair
+from fedlora.arrays.messages import ServerState, Update
 from fedlora.check import ConfigError, RunError
-from fedlora.lowrank import Pair
-from fedlora.messages import ServerState, Update
-from strategies import LoRAStrategy, foreign
+from fedlora.server import foreign
+from fedlora.server.updates import capped, layers, shares
+from fedlora.tools import cli
+from strategies import LoRAStrategy
 from strategies.base import LoRAStrategy as Base
-from strategies.updates import capped, layers, shares
 from tests import foreign_app
 from tests.foreign_app import LAYERS, RANK, SCALE
 from tests.test_rounds import StubGrid

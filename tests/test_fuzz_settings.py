@@ -12,9 +12,11 @@ from unittest.mock import patch
 import pytest
 
 import clients.cost
-from fedlora import cli, resident, workbench
+from fedlora.app.reads import unread
+from fedlora.compute import workbench
 from fedlora.config import GROUPS, Config, declared
-from fedlora.reads import unread
+from fedlora.data import resident
+from fedlora.tools import cli
 from tests.conftest import ROOT
 from tests.fuzz import checkpoints, commands, tables
 from tests.fuzz import settings as fuzz
@@ -74,7 +76,7 @@ def read_by(arguments: list[str]) -> set[str]:
     for module in (clients.cost, resident, workbench):  # what this process has read before
         for function in vars(module).values():
             getattr(function, "cache_clear", int)()
-    with reads() as read, patch("fedlora.experiment.report.draw", lambda *_: None, create=True):
+    with reads() as read, patch("fedlora.app.experiment.report.draw", lambda *_: None, create=True):
         status, out, err = commands.run([*fuzz.SMALL, *arguments])
     assert status == 0, out + err
     return read

@@ -10,8 +10,9 @@ import pytest
 import torch
 import transformers
 
-from fedlora import evaluate, models
+from fedlora import models
 from fedlora.check import ConfigError
+from fedlora.compute import evaluate
 from fedlora.config import AdapterConfig, ModelConfig
 from fedlora.data import Dataset, Examples
 from fedlora.models import heads

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from fedlora import identity, workbench
+from fedlora import identity
+from fedlora.compute import workbench
 from fedlora.config import Config, from_dict
 
 USUAL = Config()

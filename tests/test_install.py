@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import strategies
-from fedlora import cli, experiment
+from fedlora.app import experiment
+from fedlora.tools import cli
 from strategies import LoRAStrategy
 from tests.conftest import ROOT
 

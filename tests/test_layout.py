@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedlora import lowrank
-from fedlora.lowrank import Pair
-from fedlora.models.layout import Layout, Slot
+from fedlora.arrays import lowrank
+from fedlora.arrays.lowrank import Pair
+from fedlora.compute.layout import Layout, Slot
 
 LAYERS = {"b": (2, 3), "a": (3, 2)}  # name → (m, n), not in their order
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora import lowrank
-from fedlora.lowrank import Pair
+from fedlora.arrays import lowrank
+from fedlora.arrays.lowrank import Pair
 
 SHAPES = [  # (m, n, r)
     (7, 5, 3),

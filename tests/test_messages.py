@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, RecordDict
 
-from fedlora import messages
-from fedlora.lowrank import Adapters, Pair
+from fedlora.arrays import messages
+from fedlora.arrays.lowrank import Adapters, Pair
 
 M, N, R = 6, 5, 2
 

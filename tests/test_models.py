@@ -107,7 +107,7 @@ def test_the_initial_adapters(request, reviews, family, init) -> None:
 def test_array_names_are_those_of_pefts_file(bert, reviews, tmp_path) -> None:
     from safetensors.numpy import load_file
 
-    from fedlora import messages
+    from fedlora.arrays import messages
 
     model = adapted(bert, reviews)
     export.adapter(model, tmp_path / "adapter")

@@ -10,10 +10,13 @@ import pytest
 from flwr.app import ConfigRecord, RecordDict
 
 from clients.start import PERSONAL
-from fedlora import engines, experiment, messages, records, workbench
+from fedlora import engines
+from fedlora.app import experiment, records
+from fedlora.app.assembly import make_strategy
+from fedlora.arrays import messages
 from fedlora.check import ConfigError
-from fedlora.evaluate import evaluate
-from fedlora.server import make_strategy
+from fedlora.compute import workbench
+from fedlora.compute.evaluate import evaluate
 from tests import apps
 from tests.test_experiment import rows_of
 from tests.test_wire import Tap, play

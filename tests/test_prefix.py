@@ -11,15 +11,17 @@ import transformers
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from clients.train import perform
-from fedlora import cli, experiment, report, workbench
+from fedlora.app import experiment, report
 from fedlora.check import ConfigError
+from fedlora.compute import workbench
+from fedlora.compute.evaluate import predict
+from fedlora.compute.prefix import NEIGHBOURS, Kept, Prefix
 from fedlora.config import AdapterConfig, ModelConfig
 from fedlora.data import Dataset, Examples
-from fedlora.evaluate import predict
 from fedlora.models import export, load
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.encode import PREFIX, Encoded
-from fedlora.models.prefix import NEIGHBOURS, Kept, Prefix
+from fedlora.tools import cli
 from tests.conftest import ROOT
 from tests.test_cohort import (  # noqa: F401 (fixtures)
     STEPS,

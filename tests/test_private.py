@@ -12,10 +12,11 @@ from clients.cohort import Member, train_together
 from clients.private import Mechanism
 from clients.task import Task, poisson, sampling_rate, simulated_key
 from clients.train import perform, train
-from fedlora import seeds, workbench
+from fedlora import seeds
 from fedlora.check import ConfigError, RunError
+from fedlora.compute import workbench
+from fedlora.compute.dropout import ByRecord
 from fedlora.config import Config, PrivacyConfig, TrainConfig
-from fedlora.models.dropout import ByRecord
 
 
 @pytest.fixture

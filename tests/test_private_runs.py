@@ -11,9 +11,13 @@ from flwr.app import ConfigRecord
 import strategies
 from clients.private import Mechanism
 from clients.task import Task, simulated_key
-from fedlora import cli, engines, experiment, guard, lowrank, messages, plan, records, seeds, workbench
+from fedlora import engines, seeds
+from fedlora.app import experiment, guard, plan, records
+from fedlora.arrays import lowrank, messages
+from fedlora.compute import workbench
 from fedlora.config import Config
 from fedlora.privacy.accounting import epsilon
+from fedlora.tools import cli
 from tests.conftest import ROOT
 from tests.test_experiment import rows_of
 from tests.test_models import bert  # noqa: F401 (fixture)

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 
 import strategies
-from fedlora import experiment, messages, ranks, workbench
+from fedlora.app import experiment, ranks
+from fedlora.app.assembly import make_strategy
+from fedlora.arrays import messages
+from fedlora.arrays.lowrank import Pair
+from fedlora.arrays.messages import ServerState, Update
 from fedlora.check import ConfigError
+from fedlora.compute import workbench
 from fedlora.config import Config
-from fedlora.lowrank import Pair
-from fedlora.messages import ServerState, Update
-from fedlora.server import make_strategy
-from strategies.updates import at_rank, in_scale
+from fedlora.server.updates import at_rank, in_scale
 from tests.test_experiment import rows_of
 from tests.test_wire import play
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 import transformers
 
-from fedlora.models import readout
+from fedlora.compute import readout
+from fedlora.compute.prefix import blocks
+from fedlora.compute.readout import Readout
+from fedlora.compute.rows import Rows
 from fedlora.models.encode import Texts
-from fedlora.models.prefix import blocks
-from fedlora.models.readout import Readout
-from fedlora.models.rows import Rows
 from tests.test_cohort import albert, data, factors, family, llama, make, seeded  # noqa: F401 (fixtures)
 from tests.test_models import CPU, bert, gpt2, vit  # noqa: F401 (fixtures)
 

@@ -5,13 +5,13 @@ import json
 import numpy as np
 import pytest
 
-from fedlora import experiment, records
+from fedlora.app import experiment, records
 from fedlora.check import ConfigError, RunError
 from fedlora.config import Config, PrivacyConfig
-from fedlora.participation import draw_cohort, schedule
 from fedlora.privacy.accounting import epsilon
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.record_level import Client, Guard, noise_multipliers
+from fedlora.server.participation import draw_cohort, schedule
 from tests.test_experiment import rows_of
 
 CLIENTS = [Client(0.25, 10, rounds) for rounds in (1, 4, 9, 0)]

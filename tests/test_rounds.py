@@ -18,10 +18,11 @@ from flwr.supercore.task_identity import TaskIdentity
 import strategies
 from clients import asked
 from clients.start import TRAINED
-from fedlora import messages, seeds
+from fedlora import seeds
+from fedlora.arrays import messages
+from fedlora.arrays.lowrank import Adapters, Pair
 from fedlora.check import RunError
-from fedlora.lowrank import Adapters, Pair
-from fedlora.participation import draw_cohort
+from fedlora.server.participation import draw_cohort
 from strategies import LoRAStrategy
 
 LAYERS = {"model.query": (6, 5), "model.value": (7, 5)}

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clients import asked
-from fedlora import messages
+from fedlora.arrays import messages
+from fedlora.arrays.lowrank import Pair
 from fedlora.check import ConfigError, RunError
-from fedlora.lowrank import Pair
 from fedlora.secure import ACTIONS, Participant, Sets, Terms, crypto, secure_sum
 from fedlora.secure.forms import Arrays
 from fedlora.secure.participant import digests_of, possession

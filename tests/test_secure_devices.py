@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from flwr.app import Error, Message
 
-from fedlora import messages
+from fedlora.arrays import messages
 from fedlora.check import ConfigError, RunError
 from fedlora.deploy import client
 from fedlora.deploy.account import Account

@@ -10,12 +10,14 @@ from flwr.app import Message, RecordDict
 
 import strategies
 from clients import asked
-from fedlora import experiment, messages, workbench
+from fedlora.app import experiment
+from fedlora.app.assembly import make_strategy
+from fedlora.arrays import messages
+from fedlora.arrays.lowrank import Pair
+from fedlora.arrays.messages import ServerState
 from fedlora.check import ConfigError, RunError
-from fedlora.lowrank import Pair
-from fedlora.messages import ServerState
-from fedlora.server import make_strategy
-from strategies import secure
+from fedlora.compute import workbench
+from fedlora.server import secure
 from tests.test_experiment import rows_of
 from tests.test_rounds import StubGrid, honest, make, outside_of_flower, trained  # noqa: F401
 from tests.test_rounds import play as play_stub

@@ -15,9 +15,9 @@ from torch import nn
 from clients import bounded
 from clients.private import NoisyOptimizer
 from clients.task import simulated_key
-from fedlora import cli, workbench
-from fedlora.models.rows import Rows
-from fedlora.privacy import selftest
+from fedlora.compute import workbench
+from fedlora.compute.rows import Rows
+from fedlora.tools import cli, selftest
 from tests.conftest import ROOT
 from tests.test_models import bert, gpt2, vit  # noqa: F401 (fixtures)
 
@@ -74,7 +74,7 @@ def test_it_passes_on_the_families_that_users_bring(request, capsys, family, dat
 
 
 def test_as_a_command_it_passes_on_the_embedded_model_with_any_privacy_settings() -> None:
-    command = [sys.executable, "-m", "fedlora.privacy.selftest", "device=cpu", "privacy=record", "privacy.epsilon=3"]
+    command = [sys.executable, "-m", "fedlora.tools.selftest", "device=cpu", "privacy=record", "privacy.epsilon=3"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(": ok (") == len(FINE) and done.stderr == ""
@@ -84,7 +84,7 @@ def test_help_has_usage_meaning_and_the_exit_statuses(capsys) -> None:
     with pytest.raises(SystemExit) as ended:
         selftest.main(["--help"])
     shown = capsys.readouterr().out
-    assert ended.value.code == 0 and shown.startswith("usage: python -m fedlora.privacy.selftest [-h] [setting=value ...]")
+    assert ended.value.code == 0 and shown.startswith("usage: python -m fedlora.tools.selftest [-h] [setting=value ...]")
     assert "exit status: 0 " in shown and "python run.py --help" in shown and "`python -m" not in shown
 
 

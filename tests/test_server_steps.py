@@ -13,13 +13,14 @@ from flwr.serverapp.strategy import FedAdam, FedAvgM
 
 import strategies
 from clients.task import Task
-from fedlora import experiment, workbench
+from fedlora.app import experiment
+from fedlora.app.assembly import make_strategy
+from fedlora.arrays.lowrank import Pair
+from fedlora.arrays.messages import ServerState, Update
 from fedlora.check import ConfigError
+from fedlora.compute import workbench
 from fedlora.config import TrainConfig
-from fedlora.lowrank import Pair
-from fedlora.messages import ServerState, Update
-from fedlora.server import make_strategy
-from strategies import optimizers, robust
+from fedlora.server import optimizers, robust
 from tests.test_experiment import rows_of
 from tests.test_rounds import StubGrid, honest, make, outside_of_flower  # noqa: F401
 from tests.test_rounds import play as play_stub

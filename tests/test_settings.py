@@ -6,10 +6,12 @@ import tomllib
 
 import pytest
 
-from fedlora import check, cli, reads
+from fedlora import check
+from fedlora.app import reads
+from fedlora.app.compose import compose_all, config_folder, expand
 from fedlora.check import ConfigError
-from fedlora.compose import compose_all, config_folder, expand
 from fedlora.config import GROUPS, Config, declared, from_dict
+from fedlora.tools import cli
 from tests.conftest import ROOT
 
 FILES = ("dataset=files", "dataset.path=x.csv", "dataset.text=t")

@@ -9,10 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedlora import cells, cli, experiment, identity, models, naming, records, resident, workbench
+from fedlora import identity, models
+from fedlora.app import cells, experiment, naming, records
 from fedlora.check import ConfigError
+from fedlora.compute import workbench
 from fedlora.config import Config, DatasetConfig
-from fedlora.data import Dataset, Examples
+from fedlora.data import Dataset, Examples, resident
+from fedlora.tools import cli
 from tests.conftest import ROOT, write_digits
 from tests.test_checkpoint import broken_off, outcome, quick  # noqa: F401  # a fixture
 
@@ -164,7 +167,7 @@ def test_that_a_run_has_finished_is_said_without_a_model_library(tmp_path) -> No
     arguments = [*FAST, f"results={tmp_path}", "name=mine", "rounds=1"]
     assert cli.main(ROOT / "configs", arguments) == 0
     code = (
-        "import sys; from pathlib import Path; from fedlora.cli import main; "
+        "import sys; from pathlib import Path; from fedlora.tools.cli import main; "
         f"status = main(Path('configs'), {arguments!r}); "
         "print(status, [m for m in ('torch', 'transformers', 'ray', 'matplotlib') if m in sys.modules])"
     )
@@ -186,7 +189,7 @@ def test_a_missing_file_is_said_before_anything_heavy_is_loaded(tmp_path, engine
     ):
         arguments = [f"engine={engine}", *missing, f"results={tmp_path}/results"]
         code = (
-            "import sys; from pathlib import Path; from fedlora.cli import main; "
+            "import sys; from pathlib import Path; from fedlora.tools.cli import main; "
             f"status = main(Path('configs'), {arguments!r}); "
             "print(status, [m for m in ('torch', 'transformers', 'ray', 'matplotlib') if m in sys.modules])"
         )

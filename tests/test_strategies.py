@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import strategies
-from fedlora import lowrank
+from fedlora.arrays import lowrank
+from fedlora.arrays.lowrank import Adapters, Pair
+from fedlora.arrays.messages import ServerState, Update
 from fedlora.check import ConfigError
-from fedlora.lowrank import Adapters, Pair
-from fedlora.messages import ServerState, Update
-from strategies.metrics import geometry
+from fedlora.server.metrics import geometry
 
 LAYERS = {"query": (9, 7), "value": (5, 11), "head": (2, 8)}  # name → (m, n); the last has fewer rows than the rank
 RANK = 3

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from fedlora import cells, cli, door, records, study
+from fedlora.app import cells, door, records, study
+from fedlora.app.study import Study
 from fedlora.check import ConfigError
 from fedlora.config import Config, PrivacyConfig
-from fedlora.study import Study
+from fedlora.tools import cli
 from tests.conftest import ROOT
 
 FAST = ["-m", "engine=inline", "clients=4", "rounds=1", "fraction=null", "train.steps=1", "device=cpu"]

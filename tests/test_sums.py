@@ -8,13 +8,14 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 import strategies
 from clients.app import app
-from fedlora import lowrank, messages
+from fedlora.arrays import lowrank, messages
+from fedlora.arrays.lowrank import Pair
+from fedlora.arrays.messages import ServerState, Update
+from fedlora.arrays.sums import FEW, Sum, added
 from fedlora.engines import ray as on_ray
-from fedlora.lowrank import Pair
-from fedlora.messages import ServerState, Update
-from fedlora.sums import FEW, Sum, added
-from strategies import base, inbox, wire
-from strategies.updates import average_dense, mean_of, shares
+from fedlora.server import inbox, wire
+from fedlora.server.updates import average_dense, mean_of, shares
+from strategies import base
 from tests.test_engines import fit
 from tests.test_rounds import Client, StubGrid, honest, initial, make, outside_of_flower, play  # noqa: F401
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from fedlora import cells, cli, records, terminal
+from fedlora.app import cells, records, terminal
 from fedlora.config import Config
 from fedlora.engines import cluster, pool
+from fedlora.tools import cli
 from tests.conftest import ROOT, run_py
 
 FAST = ["-m", "clients=4", "rounds=2", "fraction=null", "train.steps=1", "device=cpu", "engine.workers=2", "name=sweep"]

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from clients import cost
-from fedlora import cli, experiment, plan, records, report, traffic, workbench
-from fedlora.messages import Update
-from fedlora.server import make_strategy
-from strategies.metrics import client_metrics
+from fedlora.app import experiment, plan, records, report, traffic
+from fedlora.app.assembly import make_strategy
+from fedlora.arrays.messages import Update
+from fedlora.compute import workbench
+from fedlora.server.metrics import client_metrics
+from fedlora.tools import cli
 from tests.conftest import ROOT
 
 

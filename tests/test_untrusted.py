@@ -11,14 +11,15 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 import strategies
-from fedlora import messages, untrusted
+from fedlora import untrusted
+from fedlora.arrays import messages
+from fedlora.arrays.lowrank import Pair
+from fedlora.arrays.messages import ServerState, Update
+from fedlora.arrays.sums import Sum
 from fedlora.check import RunError
-from fedlora.lowrank import Pair
-from fedlora.messages import ServerState, Update
-from fedlora.sums import Sum
+from fedlora.server import inbox, wire
+from fedlora.server.updates import capped, shares, too_long
 from fedlora.untrusted import Malformed
-from strategies import inbox, wire
-from strategies.updates import capped, shares, too_long
 from tests.fuzz import mutate
 from tests.fuzz.replies import CHECKED, MANY, Hostile, part, play
 from tests.test_rounds import (

@@ -13,11 +13,14 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 import strategies
 from clients import start
 from clients.start import Start
-from fedlora import engines, experiment, messages, plan, workbench
+from fedlora import engines
+from fedlora.app import experiment, plan
+from fedlora.app.assembly import make_strategy
+from fedlora.arrays import messages
+from fedlora.arrays.messages import ServerState
+from fedlora.compute import workbench
 from fedlora.config import Config
 from fedlora.engines.inline import InlineGrid
-from fedlora.messages import ServerState
-from fedlora.server import make_strategy
 from strategies import LoRAStrategy
 
 every_name = pytest.mark.parametrize("name", strategies.names())

@@ -6,7 +6,8 @@ import weakref
 import torch
 
 from clients import cost
-from fedlora import experiment, plan, workbench
+from fedlora.app import experiment, plan
+from fedlora.compute import workbench
 
 
 def test_cells_that_differ_in_training_share_the_model_its_examples_and_its_trial(small) -> None:

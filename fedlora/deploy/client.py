@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedlora import check, command, models
+from fedlora import check, models
+from fedlora.app import command
 from fedlora.check import ConfigError, RunError
 from fedlora.config import Config, DatasetConfig
 from fedlora.deploy.account import Account
@@ -111,7 +112,7 @@ def _sums(arguments: argparse.Namespace) -> SecureSums | None:
 
 
 def _experiment(path: Path) -> Config:
-    from fedlora.records import settings_of
+    from fedlora.app.records import settings_of
 
     try:
         return settings_of(json.loads(path.read_text(encoding="utf-8"))).checked()

@@ -19,8 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedlora import untrusted
+from fedlora.app.folder import ADAPTER, CURVES, MERGED, PRIVACY, ROUNDS, SUMMARY
 from fedlora.check import RunError
-from fedlora.folder import ADAPTER, CURVES, MERGED, PRIVACY, ROUNDS, SUMMARY
 
 MARK, PIECE = "fedlora", 48_000  # bytes of a file in one line
 HOME = (PRIVACY, ADAPTER, MERGED, CURVES, SUMMARY)  # what goes back besides the rounds; the mark of the end comes last

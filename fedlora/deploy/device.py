@@ -14,8 +14,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, Message
 
 from clients import app, asked
 from clients.start import LASTING
-from fedlora import messages, workbench
+from fedlora.arrays import messages
 from fedlora.check import sentence
+from fedlora.compute import workbench
+from fedlora.compute.workbench import Workbench
 from fedlora.config import CheckpointConfig
 from fedlora.deploy.account import EVALUATE, TRAIN, Account, Permit, Work
 from fedlora.deploy.experiment import Experiment
@@ -26,7 +28,6 @@ from fedlora.deploy.reasons import Reason, Refused, printable
 from fedlora.deploy.sums import SecureSums, needed
 from fedlora.engines.local import CLIENT_RAISED
 from fedlora.secure import ACTIONS
-from fedlora.workbench import Workbench
 
 PUBLIC = (messages.CLIENT, messages.EXAMPLES, "seconds", "steps")  # what a private round tells besides its update
 WORDS = 200  # characters of a digest or a lineage, at most

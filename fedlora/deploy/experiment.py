@@ -15,17 +15,19 @@ from typing import Any, get_args, get_origin, get_type_hints
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord
 
-from fedlora import compression, experiment, messages, untrusted
+from fedlora import untrusted
+from fedlora.app import experiment
+from fedlora.app.assembly import make_strategy
+from fedlora.arrays import compression, messages
+from fedlora.compute.workbench import Workbench
 from fedlora.config import GROUPS, Config, from_dict
 from fedlora.deploy.holdings import Holdings, identity, localised, work
 from fedlora.deploy.limits import Limits, beyond
 from fedlora.deploy.reasons import Reason, Refused
 from fedlora.groups.running import LARGEST_NOISE
-from fedlora.participation import draw_cohort, schedule
-from fedlora.server import make_strategy
-from fedlora.workbench import Workbench
+from fedlora.server.participation import draw_cohort, schedule
+from fedlora.server.updates import at_rank
 from strategies import LoRAStrategy
-from strategies.updates import at_rank
 
 PART = 4  # of the owner's memory: what a message's arrays may take is this part, since they are copied on their way
 LONGEST = 4_000_000  # characters of the JSON of an experiment: a list of sizes for every one of many clients

@@ -16,13 +16,15 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedlora import interrupt, messages, report, terminal, untrusted
+from fedlora import interrupt, untrusted
+from fedlora.app import report, terminal
+from fedlora.app.folder import SUMMARY, is_summary
+from fedlora.app.records import Recorder
+from fedlora.arrays import messages
 from fedlora.check import RunError
 from fedlora.config import Config
 from fedlora.deploy.courier import LONGEST_LINE, LONGEST_TEXT, MOST_BYTES, Receiver
-from fedlora.folder import SUMMARY, is_summary
 from fedlora.interrupt import CtrlC
-from fedlora.records import Recorder
 
 ENDED = "finished"  # how the status of a run begins that goes on no more
 COMPLETED = "finished:completed"  # and of one that ended without an error

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from flwr.app import RecordDict
 
-from fedlora import disk, messages
+from fedlora import disk
+from fedlora.arrays import messages
 from fedlora.check import RunError
 
 KEPT = "kept"

@@ -73,7 +73,7 @@ class Node:
     def __exit__(self, *_: object) -> None:
         self.process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(3)  # less than `fedlora.command` gives it after Ctrl-C
+            self.process.wait(3)  # less than `fedlora.app.command` gives it after Ctrl-C
         self.process.kill()
 
     def serve(self, answer: Answer) -> int:

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import psutil
 
+from fedlora.app.terminal import say, size
 from fedlora.check import ConfigError
 from fedlora.config import Config
 from fedlora.deploy.account import Account
 from fedlora.deploy.holdings import Holdings, localised, work
-from fedlora.terminal import say, size
 
 NEIGHBOURS = {"add_remove": "added or removed", "replace": "replaced by another"}  # by the adjacency of ε
 
@@ -69,9 +69,10 @@ def experiment(own: Holdings, account: Account) -> None:
     Loading it now also spares the first round that time. Raises ConfigError or RunError where the device cannot take part.
     """
     from clients import private, train  # noqa: F401  # Opacus takes a second to load
-    from fedlora import experiment as whole
-    from fedlora import plan, traffic, workbench
-    from fedlora.participation import schedule
+    from fedlora.app import experiment as whole
+    from fedlora.app import plan, traffic
+    from fedlora.compute import workbench
+    from fedlora.server.participation import schedule
 
     config = localised(own, own.agreed or _usual(own))
     rate, steps, examples = work(own, config)

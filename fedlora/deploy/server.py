@@ -24,16 +24,18 @@ from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.utils import get_flwr_home
 
-from fedlora import disk, messages, terminal, untrusted
+from fedlora import disk, untrusted
+from fedlora.app import terminal
+from fedlora.app.folder import SUMMARY
+from fedlora.app.naming import folder_name, run_name
+from fedlora.app.records import Recorder
+from fedlora.arrays import messages
 from fedlora.check import ConfigError, RunError
 from fedlora.config import Config, EngineConfig
 from fedlora.deploy.courier import HOME, Sender
 from fedlora.engines.inline import InlineEngine
-from fedlora.folder import SUMMARY
-from fedlora.naming import folder_name, run_name
-from fedlora.records import Recorder
+from fedlora.server.rollcall import RollCall
 from strategies import LoRAStrategy
-from strategies.rollcall import RollCall
 
 POLL = 0.3  # seconds from one look for replies to the next
 STOPPING = 60.0  # seconds that a ServerApp whose run was stopped may take to notice: two heartbeats
@@ -45,7 +47,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the experiment that the run's configuration holds as JSON, checked again here; its records go out as log lines."""
-    from fedlora import experiment
+    from fedlora.app import experiment
 
     logging.getLogger("flwr").setLevel(logging.WARNING)  # what it says of rounds is in the records
     started = time.perf_counter()

@@ -12,7 +12,7 @@ import numpy as np
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from clients.start import BEGUN, TRAINED
-from fedlora import messages
+from fedlora.arrays import messages
 from fedlora.check import RunError
 from fedlora.deploy.reasons import Reason, Refused
 from fedlora.secure import Identity, Sets

@@ -65,7 +65,7 @@ def load_app(app: str) -> Any:
 def resources(config: Config) -> tuple[int, float]:
     """Workers, and GPUs a worker: what the settings say, else one worker a core, or one a GPU with device=cuda,
     of this machine or of the cluster's that are free."""
-    from fedlora.workbench import torch_device
+    from fedlora.compute.workbench import torch_device
 
     on_gpu = torch_device(config.device).type == "cuda"
     gpus = config.engine.gpus_per_worker

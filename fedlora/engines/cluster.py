@@ -206,7 +206,7 @@ class Driver:
 
 def driver(config: Config) -> Driver:
     """This process, for its workers."""
-    from fedlora.workbench import torch_device
+    from fedlora.compute.workbench import torch_device
 
     return Driver(os.getcwd(), torch_device(config.device).type, config.engine.address, versions(), processor())
 

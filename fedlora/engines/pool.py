@@ -34,7 +34,7 @@ class Worker:
         """Build the workbench before the first client asks for it; returns the ids of the node, and its processor."""
         import ray
 
-        from fedlora import workbench
+        from fedlora.compute import workbench
 
         try:
             bench = workbench.build_from(experiment)

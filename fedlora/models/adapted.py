@@ -18,17 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedlora import lowrank, messages, seeds
+from fedlora import seeds
+from fedlora.arrays import lowrank, messages
+from fedlora.arrays.lowrank import Adapters, Pair
+from fedlora.arrays.messages import Factors
 from fedlora.check import ConfigError
 from fedlora.config import AdapterConfig
-from fedlora.lowrank import Adapters, Pair
-from fedlora.messages import Factors
 from fedlora.models.base import Base
 from fedlora.models.encode import PREFIX
 from fedlora.models.targets import block_numbers, file_name, head_modules, target_modules
 
 if TYPE_CHECKING:
-    from fedlora.models.prefix import Prefix
+    from fedlora.compute.prefix import Prefix
 
 
 class AdaptedModel:

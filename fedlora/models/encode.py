@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PREFIX = "prefix"  # key of a batch: hidden states that the model need not compute (fedlora.models.prefix)
+PREFIX = "prefix"  # key of a batch: hidden states that the model need not compute (fedlora.compute.prefix)
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedlora import lowrank, messages
+from fedlora.arrays import lowrank, messages
+from fedlora.arrays.lowrank import Adapters, Pair
 from fedlora.check import ConfigError
-from fedlora.lowrank import Adapters, Pair
 from fedlora.models.adapted import AdaptedModel, as_numpy, put
 from fedlora.models.adapters import write_labels
 from fedlora.models.reading import quiet

@@ -15,9 +15,9 @@ from unittest.mock import patch
 
 import huggingface_hub.constants
 
-from fedlora import cli
 from fedlora.config import Config
 from fedlora.identity import flat
+from fedlora.tools import cli
 from tests.fuzz.patience import anew, patience
 
 ROOT = Path(__file__).parent.parent.parent

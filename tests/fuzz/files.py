@@ -14,7 +14,7 @@ from unittest.mock import patch
 import pytest
 from flwr.app import ArrayRecord, MetricRecord, RecordDict
 
-from fedlora import experiment, terminal
+from fedlora.app import experiment, terminal
 from fedlora.check import ConfigError, RunError
 from fedlora.config import Config, from_dict
 from fedlora.deploy.account import TRAIN, Account, Work
@@ -119,8 +119,8 @@ def configured(folder: Path, name: str, **more: Any) -> Config:
 def part(folder: Path) -> Iterator[Callable[[int], Counter[str]]]:
     """The function from a seed to what came of its mutation."""
     folders = {"device": Folder(state(folder / "state"), device)}
-    with patch("fedlora.experiment.report.tested", lambda rows: False), patch("fedlora.terminal.say", lambda line: None), \
-         patch("fedlora.terminal.console.quiet", True):  # fmt: skip
+    with patch("fedlora.app.experiment.report.tested", lambda rows: False), patch("fedlora.app.terminal.say", lambda line: None), \
+         patch("fedlora.app.terminal.console.quiet", True):  # fmt: skip
         for name, more in RUNS.items():
             for finished in (False, True):
                 config = configured(folder, f"{name}-{finished}", **more)
@@ -132,6 +132,6 @@ def part(folder: Path) -> Iterator[Callable[[int], Counter[str]]]:
             (name,) = rng.choices(list(folders), weights)
             return Counter({f"{folders[name].case(rng)} ({name.partition('-')[0]})": 1})
 
-        with patch("fedlora.experiment.Course.drive", lambda self, grid: None), \
-             patch("fedlora.experiment.conclude", lambda *_: {}), patch("fedlora.records.environment", dict):  # fmt: skip
+        with patch("fedlora.app.experiment.Course.drive", lambda self, grid: None), \
+             patch("fedlora.app.experiment.conclude", lambda *_: {}), patch("fedlora.app.records.environment", dict):  # fmt: skip
             yield case

@@ -24,7 +24,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricR
 
 from clients.asked import SECURE
 from clients.start import BEGUN, TRAINED
-from fedlora import experiment, messages, workbench
+from fedlora.app import experiment
+from fedlora.arrays import messages
+from fedlora.arrays.sketch import COLUMNS
+from fedlora.compute import workbench
 from fedlora.config import Config, DatasetConfig, from_dict
 from fedlora.deploy import preview
 from fedlora.deploy.account import Account
@@ -34,7 +37,6 @@ from fedlora.deploy.limits import Limits
 from fedlora.deploy.reasons import Reason
 from fedlora.deploy.sums import SecureSums
 from fedlora.secure import ACTIONS, Identity, Participant, Terms, crypto
-from fedlora.sketch import COLUMNS
 from tests.conftest import write_digits
 from tests.fuzz import damage, mutate
 

@@ -14,10 +14,11 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 import strategies
-from fedlora import compression, messages
+from fedlora.arrays import compression, messages
 from fedlora.check import RunError
-from strategies import LoRAStrategy, optimizers, robust, secure
-from strategies.rollcall import RollCall
+from fedlora.server import optimizers, robust, secure
+from fedlora.server.rollcall import RollCall
+from strategies import LoRAStrategy
 from tests.fuzz import mutate
 from tests.test_rounds import Client, StubGrid, honest, initial, make
 from tests.test_secure_runs import silent
@@ -143,5 +144,5 @@ def case(seed: int) -> Counter[str]:
 @contextlib.contextmanager
 def part(folder: Path) -> Iterator[Callable[[int], Counter[str]]]:
     """The function from a seed to what came of its mutations."""
-    with patch("strategies.rollcall.time.sleep", lambda seconds: None):
+    with patch("fedlora.server.rollcall.time.sleep", lambda seconds: None):
         yield case

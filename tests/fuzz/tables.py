@@ -18,8 +18,8 @@ import numpy as np
 from hypothesis import strategies as st
 from PIL import Image
 
-from fedlora import workbench
 from fedlora.check import ConfigError
+from fedlora.compute import workbench
 from fedlora.config import from_dict
 from tests.fuzz import checkpoints, damage
 from tests.fuzz.commands import LONG as NO_SENTENCE

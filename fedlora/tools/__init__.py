@@ -1,0 +1,1 @@
+"""Commands: the command line, the self-test of private training, and its audit."""
