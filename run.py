@@ -2,7 +2,7 @@
 
 import sys
 
-from fedlora.app import command
+from fedlora.tools import start
 
 if __name__ == "__main__":
-    sys.exit(command.console())
+    sys.exit(start.console())

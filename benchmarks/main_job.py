@@ -25,6 +25,7 @@ from fedlora.app.records import Recorder
 from fedlora.compute import workbench
 from fedlora.config import Config, EngineConfig, PrivacyConfig
 from fedlora.engines import CLIENT_APP
+from fedlora.validate import checked
 
 SIDES = {
     "fedlora, engine=ray": ("ray", CLIENT_APP),
@@ -75,7 +76,7 @@ def side(name: str, rounds: int) -> None:
 def job(engine: str, rounds: int, results: str) -> Config:
     """The main job with privacy at every record; σ is given, as in Flower's example, so that nobody calibrates."""
     config = jobs.vit(rounds=rounds, results=results, privacy=PrivacyConfig("record", noise_multiplier=1.0))
-    return replace(config, engine=EngineConfig(engine)).checked()
+    return checked(replace(config, engine=EngineConfig(engine)))
 
 
 if __name__ == "__main__":

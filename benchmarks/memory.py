@@ -18,6 +18,7 @@ from typing import Any
 from benchmarks import jobs, sides
 from fedlora.app import experiment
 from fedlora.config import EngineConfig
+from fedlora.validate import checked
 
 
 def main() -> None:
@@ -32,7 +33,7 @@ def main() -> None:
         with sides.answer() as given, tempfile.TemporaryDirectory() as results:
             config = jobs.tiny(arguments.folder, arguments.clients, 2)
             config = replace(config, clients=arguments.side, rounds=arguments.rounds, results=results)
-            summary = experiment.run(replace(config, engine=EngineConfig("inline")).checked(), sides.born())
+            summary = experiment.run(checked(replace(config, engine=EngineConfig("inline"))), sides.born())
             given["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             given["first"] = summary["seconds_to_first_round"]
         return

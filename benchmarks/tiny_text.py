@@ -38,6 +38,7 @@ from fedlora.compute.workbench import Workbench
 from fedlora.config import CheckpointConfig, Config, EngineConfig, EvaluateConfig
 from fedlora.engines import CLIENT_APP
 from fedlora.server.participation import draw_cohort
+from fedlora.validate import checked
 
 CLIENTS = 1000
 
@@ -85,7 +86,7 @@ def run(config: Config, rounds: int, engine: str, app: str = CLIENT_APP, checkpo
     """A whole run on an engine, with a checkpoint every so many rounds."""
     with tempfile.TemporaryDirectory() as results:
         config = replace(config, rounds=rounds, results=results, evaluate=EvaluateConfig(every=rounds))
-        config = replace(config, engine=EngineConfig(engine), checkpoint=CheckpointConfig(every=checkpoints)).checked()
+        config = checked(replace(config, engine=EngineConfig(engine), checkpoint=CheckpointConfig(every=checkpoints)))
         summary = experiment.run(config, time.perf_counter(), app)
         rows = report.read_rounds(Recorder(config).folder)
     seconds = rows[-1]["seconds"] - rows[1]["seconds"] - rows[-1]["seconds_evaluate"]

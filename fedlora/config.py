@@ -1,4 +1,4 @@
-"""Every setting of an experiment as plain dataclasses, with the checks that need more than one of them.
+"""Every setting of an experiment as plain dataclasses; `fedlora.validate` checks their values.
 
 The same classes are Hydra's schema (types), the program's argument (`Config`) and, as one JSON string, what travels to a
 client. Settings of `engine` and `checkpoint` change no number; those of every other group may, and the two never mix in one
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial, reduce
@@ -31,7 +30,6 @@ from fedlora.groups import (
     TrainConfig,
 )
 from fedlora.setting import Condition, setting
-from fedlora.validate import validate
 
 
 @dataclass
@@ -100,11 +98,6 @@ class Config:
         """The experiment as one line of JSON with sorted keys, the form in which it travels and is compared."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
-    @classmethod
-    def from_json(cls, text: str) -> Config:
-        """The inverse of `to_json`; raises ConfigError for keys that no setting has, and checks the values again."""
-        return from_dict(json.loads(text)).checked()
-
     @property
     def cohort_size(self) -> int:
         """Clients drawn each round: two at least, where there are two, unless `clients_per_round` says otherwise."""
@@ -129,27 +122,9 @@ class Config:
         dataset = dataclasses.replace(self.dataset, path=None, test=None)
         return dataclasses.replace(self, name=None, results="", deploy="yes", partition=partition, dataset=dataset)
 
-    @property
-    def identity(self) -> str:
-        """A digest of every setting that can change a number: the same in any process, on any engine, after a resume."""
-        from fedlora.identity import digest  # knows the strategies, whose settings have defaults too; they load Flower
-
-        return digest(self)
-
-    def checked(self) -> Config:
-        """This configuration, if each value is possible and all are together; else raises ConfigError, in one sentence."""
-        for name, said in declared().items():
-            value = value_of(self, name)
-            if said.takes is not None and value is not None:
-                said.takes(**{name: value})
-                if said.most < math.inf:
-                    check.at_most(said.most, **{name: value})
-        validate(self)
-        return self
-
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """A Config from nested dictionaries; an unknown key raises ConfigError with a suggestion."""
+    """A Config from nested dictionaries, its values not checked; an unknown key raises ConfigError with a suggestion."""
     return _build(Config, values, "")
 
 

@@ -8,12 +8,12 @@ import json
 import sys
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import strategies
-
-if TYPE_CHECKING:
-    from fedlora.config import Config
+from fedlora import models
+from fedlora.config import Config
+from fedlora.data import resident
 
 # Settings that cannot change a number.
 _NOT_IDENTITY = ("engine.", "checkpoint.", "name", "results", "overwrite", "plan", "save_merged")
@@ -45,7 +45,7 @@ def identifies(setting: str) -> bool:
 
 
 def digest(config: Config) -> str:
-    """SHA-256, in hexadecimal, of every setting that can change a number."""
+    """SHA-256, in hexadecimal, of every setting that can change a number: the same in any process and on any engine."""
     known = {name: value for name, value in flat(config).items() if identifies(name)}
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
@@ -57,9 +57,6 @@ def sources(config: Config, launched: bool = False) -> dict[str, str]:
     deploy the data are the server's own, its test set; for whoever launches it (`launched`) the code alone, since data and
     model are on the server. Raises ConfigError where data or model cannot be read.
     """
-    from fedlora import models
-    from fedlora.data import resident
-
     code = {STRATEGY: strategy_digest(config.strategy["name"])}
     if launched:
         return code

@@ -1,26 +1,39 @@
-"""The checks of a configuration that need more than one setting, or a list of what there is, and no data or model.
+"""The checks of a configuration: of each setting, whose range stands beside its declaration, and of several together.
 
-The range of a single setting stands beside its declaration (`fedlora.setting`).
+They need a list of what there is, such as the names of datasets, and no data or model. They stand at the doors: where a
+command line is composed, and wherever a configuration arrives as JSON.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import pkgutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fedlora import check, data, models
 from fedlora.check import ConfigError
+from fedlora.config import Config, DatasetConfig, EngineConfig, TrainConfig, declared, from_dict, value_of
 from fedlora.data import domains, partition
 from fedlora.models import heads
 
-if TYPE_CHECKING:
-    from fedlora.config import Config, DatasetConfig, EngineConfig, TrainConfig
+
+def from_json(text: str) -> Config:
+    """The inverse of `Config.to_json`; raises ConfigError for keys that no setting has, and for values as `checked` does."""
+    return checked(from_dict(json.loads(text)))
 
 
-def validate(config: Config) -> None:
-    """Raises ConfigError, in one sentence that names the setting, its value and the cure, for the first that is wrong."""
+def checked(config: Config) -> Config:
+    """The same configuration, if each value is possible and all are together.
+
+    Raises ConfigError, in one sentence that names the setting, its value and the cure, for the first that is wrong.
+    """
+    for name, said in declared().items():
+        value = value_of(config, name)
+        if said.takes is not None and value is not None:
+            said.takes(**{name: value})
+            if said.most < math.inf:
+                check.at_most(said.most, **{name: value})
     _check_run(config)
     _check_train(config.train)
     _check_privacy(config)
@@ -30,6 +43,7 @@ def validate(config: Config) -> None:
     check.one_of(engine_names(), **{"engine.name": config.engine.name})
     _check_cohort(config.engine.cohort)
     _check_address(config.engine)
+    return config
 
 
 def _check_cohort(cohort: str) -> None:
@@ -114,7 +128,7 @@ def _check_server(config: Config) -> None:
 
 def engine_names() -> list[str]:
     """The engines there are, by the files of their folder; importing them would load Flower for a question about a name."""
-    parts = {"cluster", "local", "instep", "pool"}  # what engines share, and what sweeps use
+    parts = {"base", "cluster", "local", "instep", "pool"}  # what engines share, and what sweeps use
     return sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).parent / "engines")]) if m.name not in parts)
 
 

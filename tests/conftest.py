@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedlora.config import Config, from_dict
+from fedlora.validate import checked
 
 ROOT = Path(__file__).parent.parent
 
@@ -69,7 +70,7 @@ def small(tmp_path):
                 values[group] = values[group] | {setting: value}
             else:
                 values[key] = value
-        return from_dict(values).checked()
+        return checked(from_dict(values))
 
     return make
 

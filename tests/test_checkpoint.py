@@ -579,7 +579,7 @@ def test_no_process_outlives_a_run_on_ray_workers_however_it_ends(undisturbed, t
 
 
 # Workers from the first round on: the driver would play the clients of so short a run before any of them is up.
-RUN = """import sys; from pathlib import Path; from fedlora import cli; from fedlora.engines import ray
+RUN = """import sys; from pathlib import Path; from fedlora.tools import cli; from fedlora.engines import ray
 ray.RayGrid._up = lambda self: True
 sys.exit(cli.main(Path("configs")))"""
 

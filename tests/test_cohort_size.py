@@ -3,6 +3,7 @@
 import pytest
 
 from fedlora.config import from_dict
+from fedlora.validate import checked
 
 
 @pytest.mark.parametrize(
@@ -17,4 +18,4 @@ from fedlora.config import from_dict
     ],
 )
 def test_a_cohort_has_two_clients_at_least_unless_asked(clients, settings, drawn) -> None:
-    assert from_dict({"clients": clients} | settings).checked().cohort_size == drawn
+    assert checked(from_dict({"clients": clients} | settings)).cohort_size == drawn

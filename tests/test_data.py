@@ -23,6 +23,7 @@ from fedlora.check import ConfigError
 from fedlora.config import Config, DatasetConfig
 from fedlora.data import Dataset, Examples, labels
 from fedlora.data.partition import split_off_test
+from fedlora.validate import checked
 
 GOOD = "text,label\nfine,pos\npoor,neg\ngreat,pos\nbad,neg\n"
 
@@ -59,7 +60,7 @@ def same(one: Examples, other: Examples) -> bool:
 def test_names_are_the_modules_of_the_folder_and_the_schema_knows_them() -> None:
     assert {"digits", "files", "hub"} <= set(data.names())
     with pytest.raises(ConfigError, match=r"dataset.name=digit is not known; did you mean digits\?"):
-        Config(dataset=DatasetConfig(name="digit")).checked()
+        checked(Config(dataset=DatasetConfig(name="digit")))
     with pytest.raises(ConfigError, match=r"dataset.name=_table"):
         data.load(DatasetConfig(name="_table"), 0)
 
@@ -77,7 +78,7 @@ def test_a_new_dataset_is_one_new_file(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(data, "__path__", [*data.__path__, str(tmp_path)])
     monkeypatch.delitem(sys.modules, "fedlora.data.coins", raising=False)
     config = DatasetConfig(name="coins")
-    assert Config(dataset=config).checked().dataset.name == "coins"
+    assert checked(Config(dataset=config)).dataset.name == "coins"
     assert data.load(config, 7).train.inputs == ["h", "t", "7"]
 
 

@@ -42,6 +42,7 @@ from fedlora.deploy.sums import SecureSums
 from fedlora.secure import Identity
 from fedlora.server.participation import draw_cohort
 from fedlora.server.rollcall import RollCall
+from fedlora.validate import from_json
 from tests.conftest import ROOT, write_digits
 from tests.fuzz import messages as fuzz
 
@@ -114,7 +115,7 @@ def made(own, tmp_path):
 def sent(config: Config, kind: str = MessageType.TRAIN, round: int = 1, **job) -> Message:
     """A server's message, as it comes off the wire; `job` replaces what an honest one says, None removes it."""
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 1, 0
-    here = Config.from_json(config.to_json())
+    here = from_json(config.to_json())
     here.dataset.test = None
     bench, strategy = workbench.build(here), experiment.make_strategy(here)
     state = experiment.initial_state(bench, strategy)

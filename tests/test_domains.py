@@ -14,6 +14,7 @@ from fedlora.check import ConfigError
 from fedlora.config import Config, DatasetConfig, declared
 from fedlora.data import Dataset, Examples, domains
 from fedlora.tools import cli
+from fedlora.validate import checked
 from tests.conftest import ROOT, run_py
 
 ALL = ["plain", "rotation", "inversion", "stroke", "blur"]
@@ -180,7 +181,7 @@ def test_text_is_refused(tmp_path: Path) -> None:
 def test_what_is_refused_before_any_data(names: list[str], group: str | None, message: str) -> None:
     config = Config()
     with pytest.raises(ConfigError, match=message):
-        dataclasses.replace(config, dataset=DatasetConfig(domains=names, group=group)).checked()
+        checked(dataclasses.replace(config, dataset=DatasetConfig(domains=names, group=group)))
 
 
 def test_every_domain_is_in_the_help() -> None:

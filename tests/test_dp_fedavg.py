@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import strategies
-from fedlora import seeds
+from fedlora import identity, seeds
 from fedlora.app import experiment, records
 from fedlora.arrays.lowrank import Pair
 from fedlora.arrays.messages import ServerState, Update, fold, rotation
@@ -19,9 +19,13 @@ from fedlora.server.participation import draw_secretly
 from tests.test_experiment import rows_of
 
 
+def guarded(config, save=lambda ledger: None, before=None) -> UserGuard:
+    return UserGuard(config, identity.digest(config), save, before)
+
+
 def guard(noise=0.0, clip=1.0, cohort=4, **settings) -> UserGuard:
     privacy = PrivacyConfig("user", noise_multiplier=noise, clip=clip, **settings)
-    return UserGuard(Config(clients=10, clients_per_round=cohort, rounds=5, privacy=privacy), save=lambda ledger: None)
+    return guarded(Config(clients=10, clients_per_round=cohort, rounds=5, privacy=privacy))
 
 
 def released_noise(one: UserGuard, round: int = 1) -> np.ndarray:
@@ -115,7 +119,7 @@ def test_every_strategy_merges_the_release(name) -> None:
 def own_run(**settings) -> UserGuard:
     """A guard of a run of its own, z = 1 and S = 1 unless another is set."""
     privacy = {"noise_multiplier": 1.0, "sampling": "none"} | settings.pop("privacy", {})
-    return UserGuard(Config(clients=10, privacy=PrivacyConfig("user", **privacy), **settings), lambda ledger: None)
+    return guarded(Config(clients=10, privacy=PrivacyConfig("user", **privacy), **settings))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +167,7 @@ def test_what_was_counted_before_stays_counted_and_a_spent_budget_ends_the_run(t
     config.privacy = PrivacyConfig("user", epsilon=8.0, sampling="none")
     for before, rounds in ((None, [1, 2]), (2, [2])):  # broken off in round 2, which is taken again
         spent = None if before is None else UserLedger.load(path)
-        guard = UserGuard(config, lambda ledger: ledger.save(path), spent)
+        guard = guarded(config, lambda ledger: ledger.save(path), spent)
         guard.go_on({"rounds": 1} if spent else {"rounds": 0})
         for round in rounds:
             assert guard.admit(round, [5]) == [5]
@@ -171,7 +175,7 @@ def test_what_was_counted_before_stays_counted_and_a_spent_budget_ends_the_run(t
     with pytest.raises(RunError, match=r"round 3: privacy.epsilon=8 is spent: .* rounds=3 releases"):
         guard.admit(3, [5])
     with pytest.raises(ConfigError, match="counts rounds with other noise or other cohorts"):
-        UserGuard(config, print, UserLedger(guard.ledger.noise_multiplier, 10, 3, "none", 2))
+        guarded(config, print, UserLedger(guard.ledger.noise_multiplier, 10, 3, "none", 2))
 
 
 @pytest.mark.parametrize("damage", [lambda t: t.replace(b'"rounds": 3', b'"rounds": 2'), lambda t: t[:-9], lambda t: b"[]"])

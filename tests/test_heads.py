@@ -17,6 +17,7 @@ from fedlora.config import AdapterConfig, ModelConfig
 from fedlora.data import Dataset, Examples
 from fedlora.models import heads
 from fedlora.models.adapted import AdaptedModel
+from fedlora.validate import from_json
 from tests.test_models import CPU, bert  # noqa: F401 (fixtures)
 from tests.tiny import SIZES, VOCABULARY
 
@@ -153,4 +154,4 @@ def test_a_map_for_a_checkpoint_without_a_head_is_refused(bert) -> None:
 
 def test_a_map_travels_as_text(small) -> None:
     config = small(model__head={"a": 0, 1: "b"})
-    assert dataclasses.asdict(type(config).from_json(config.to_json()).model)["head"] == {"a": "0", "1": "b"}
+    assert dataclasses.asdict(from_json(config.to_json()).model)["head"] == {"a": "0", "1": "b"}

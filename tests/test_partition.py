@@ -13,6 +13,7 @@ from fedlora import seeds
 from fedlora.check import ConfigError
 from fedlora.config import Config, PartitionConfig
 from fedlora.data import Examples, partition
+from fedlora.validate import checked
 
 DRAWN = [name for name in partition.names() if name not in ("natural", "domains", "own")]  # two read groups, one sizes
 
@@ -113,11 +114,11 @@ def test_too_few_examples(name: str, n: int, clients: int, floor: int, parts: li
 def test_names_are_the_schema_s(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"dirichlet", "domains", "iid", "natural", "quantity", "shards"} <= set(partition.names())
     with pytest.raises(ConfigError, match=r"partition.name=shard is not known; did you mean shards\?"):
-        Config(partition=PartitionConfig("shard")).checked()
+        checked(Config(partition=PartitionConfig("shard")))
     with pytest.raises(ConfigError, match=r"partition.name=shard is not known; did you mean shards\?"):
         partition.split(PartitionConfig("shard"), balanced(10, 2), 2, 0)
     monkeypatch.setitem(partition.PARTITIONS, "odd", lambda config, examples, clients, rng: [np.arange(len(examples))])
-    assert Config(partition=PartitionConfig("odd")).checked().partition.name == "odd"
+    assert checked(Config(partition=PartitionConfig("odd"))).partition.name == "odd"
     assert partition.split(PartitionConfig("odd"), balanced(4, 2), 1, 0)[0].tolist() == [0, 1, 2, 3]
 
 

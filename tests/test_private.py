@@ -17,6 +17,7 @@ from fedlora.check import ConfigError, RunError
 from fedlora.compute import workbench
 from fedlora.compute.dropout import ByRecord
 from fedlora.config import Config, PrivacyConfig, TrainConfig
+from fedlora.validate import checked
 
 
 @pytest.fixture
@@ -209,7 +210,7 @@ def test_no_clip_that_is_allowed_lets_a_record_add_more(clip, scale) -> None:
         ({"train": TrainConfig(lr=math.inf)}, "train.lr=inf is out of range; it must be finite"),
     ):
         with pytest.raises(ConfigError, match=sentence):
-            Config(**settings).checked()
+            checked(Config(**settings))
 
 
 def test_micro_batches_and_the_order_of_records_change_nothing(bench) -> None:

@@ -16,8 +16,8 @@ from fedlora.arrays.lowrank import Pair
 from fedlora.arrays.messages import ServerState, Update
 from fedlora.check import ConfigError
 from fedlora.compute import workbench
-from fedlora.config import Config
 from fedlora.server.updates import at_rank, in_scale
+from fedlora.validate import from_json
 from tests.test_experiment import rows_of
 from tests.test_wire import play
 
@@ -89,7 +89,7 @@ def test_all_alike_is_no_list(small) -> None:
 
 def test_ranks_are_the_same_where_the_settings_have_travelled(small) -> None:
     config = small(clients=20, strategy={"name": "flora"}, adapter__ranks={8: 0.3, 2: 0.3, 4: 0.4}, adapter__rank=8)
-    assert ranks.of_clients(Config.from_json(config.to_json()), SIZES, "AB") == ranks.of_clients(config, SIZES, "AB")
+    assert ranks.of_clients(from_json(config.to_json()), SIZES, "AB") == ranks.of_clients(config, SIZES, "AB")
 
 
 # ---- what is refused

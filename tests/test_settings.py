@@ -12,6 +12,7 @@ from fedlora.app.compose import compose_all, config_folder, expand
 from fedlora.check import ConfigError
 from fedlora.config import GROUPS, Config, declared, from_dict
 from fedlora.tools import cli
+from fedlora.validate import checked
 from tests.conftest import ROOT
 
 FILES = ("dataset=files", "dataset.path=x.csv", "dataset.text=t")
@@ -192,7 +193,7 @@ def test_a_number_has_bounds_that_one_sentence_names(name) -> None:
 
     for value in (math.nan, -1, *(() if name in ENDLESS else (10**31, 10**400, 1e300))):
         with pytest.raises(ConfigError) as caught:
-            of(value).checked()
+            checked(of(value))
         assert str(caught.value).startswith(f"{name}={check.shown(value)} is out of range; it must "), caught.value
 
 

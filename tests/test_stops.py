@@ -211,7 +211,7 @@ def test_one_signal_ends_a_run_or_a_sweep_with_what_there_is(moment, tmp_path) -
 def test_a_device_that_is_stopped_ends_with_0_and_so_does_its_supernode(tmp_path, number) -> None:
     """As systemd does it; the SuperLink is out of reach, and the SuperNode keeps trying."""
     write_digits(tmp_path, 1, each=12)
-    command = [sys.executable, "-c", "import sys; from fedlora import command; sys.exit(command.client())"]
+    command = [sys.executable, "-c", "import sys; from fedlora.tools import start; sys.exit(start.client())"]
     command += ["--superlink", "127.0.0.1:9", "--insecure", "--client", "0", "--data", str(tmp_path / "device-0.jsonl")]
     command += ["--image", "image", "--device", "cpu", "--epsilon", "1", "--state", str(tmp_path / "state"), "--wait", "600"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -77,7 +77,7 @@ def side_by_side(recorders: Sequence[Recorder]) -> tuple[list[tuple[int, ...]], 
 
     There are none unless the unfinished cells all ask for the same Ray workers, at least two, and fill them.
     """
-    from fedlora.engines import resources
+    from fedlora.engines.pool import resources
 
     unfinished = [number for number, recorder in enumerate(recorders) if not recorder.finished]
     engines = [recorders[number].config.engine for number in unfinished]

@@ -184,25 +184,3 @@ def run(main: Callable[[], int], stopped: int | None = None) -> int:
         watch.end()
     watch.done = status
     return status
-
-
-def console() -> int:
-    """`fedlora`, `python -m fedlora` and `python run.py`."""
-
-    def main() -> int:
-        from fedlora.tools import cli  # takes a second, in which a signal is to end the command too
-
-        return cli.console()
-
-    return run(main)
-
-
-def client() -> int:
-    """`fedlora-client`: a service, which ends with 0 when it is stopped."""
-
-    def main() -> int:
-        from fedlora.deploy import client
-
-        return client.main()
-
-    return run(main, stopped=0)

@@ -19,6 +19,7 @@ from fedlora.app import grammar, reads
 from fedlora.check import ConfigError
 from fedlora.config import GROUPS, Config, declared, from_dict, value_of
 from fedlora.setting import MULTIRUN, Condition
+from fedlora.validate import checked
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -67,7 +68,7 @@ def compose_all(folder: Path, cells: Sequence[list[str]], multirun: bool = False
     named_in = cache(_named_in)
     failing = [reads.unread(config, _named(folder, config, named_in), multirun) for config in configs]
     _refuse_unread(parsed, configs, failing)
-    configs = [reads.cleared(config, names).checked() for config, names in zip(configs, failing, strict=True)]
+    configs = [checked(reads.cleared(config, names)) for config, names in zip(configs, failing, strict=True)]
     configs = _own_settings(parsed, configs)
     for config in configs:
         assembly.make_strategy(config)

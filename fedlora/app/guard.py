@@ -36,7 +36,7 @@ def make(bench: Workbench, save: Callable[[Any], None] = lambda ledger: None, be
     if config.privacy.name == "user":
         from fedlora.server.dp_fedavg import UserGuard, UserLedger
 
-        return UserGuard(config, save, UserLedger.load(before) if before and before.exists() else None)
+        return UserGuard(config, bench.identity, save, UserLedger.load(before) if before and before.exists() else None)
     from fedlora.privacy.ledger import Ledger
     from fedlora.privacy.record_level import Client, Guard
 

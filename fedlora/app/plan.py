@@ -24,6 +24,7 @@ from fedlora.compute.evaluate import evaluate
 from fedlora.compute.workbench import Workbench
 from fedlora.config import Config
 from fedlora.data import labels
+from fedlora.engines import pool
 from strategies import LoRAStrategy
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def derive(bench: Workbench, strategy: LoRAStrategy, state: ServerState, guard: 
     if guard is not None:
         rows += [guard.derivation(), *sensitivity(bench, strategy), *cautions(config, counts)]
     if config.engine.name != "inline":
-        workers, gpus = engines.resources(config)
+        workers, gpus = pool.resources(config)
         reason = "engine.workers" if config.engine.workers else "one a GPU" if gpus else "one a core"
         rows.append(("workers", f"{workers}", reason))
     return rows
@@ -112,7 +113,7 @@ def estimate(bench: Workbench, strategy: LoRAStrategy, state: ServerState) -> Es
     held_out = times * (sum(map(len, bench.shards)) - int(bench.counts.sum())) if config.evaluate.holdout else 0
     tested = 0 if strategy.personal else (1 + times) * len(bench.dataset.test)
     step, example = (math.nan, math.nan) if config.deploy else _seconds(bench, strategy, state)
-    workers = 1 if config.engine.name == "inline" else engines.resources(config)[0]
+    workers = 1 if config.engine.name == "inline" else pool.resources(config)[0]
     return Estimate(
         traffic=of_run(config, strategy, state),
         steps=steps,

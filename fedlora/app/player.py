@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedlora.check import ConfigError, RunError
 from fedlora.config import Config
+from fedlora.validate import from_json
 
 if TYPE_CHECKING:
     from fedlora.engines.cluster import Driver
@@ -61,7 +62,7 @@ class Player:
         if self.stopped:
             return [INTERRUPTED] * len(cells)
         name, started = "inline" if len(cells) == 1 else "instep", time.perf_counter()
-        played = [partial(attempt, Config.from_json(cell), started, engine_name=name) for cell in cells]
+        played = [partial(attempt, from_json(cell), started, engine_name=name) for cell in cells]
         self.playing = True
         try:
             return [played[0]()] if len(cells) == 1 else instep.run(played, lambda: self.stopped)

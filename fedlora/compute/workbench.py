@@ -16,7 +16,7 @@ import torch
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from fedlora import config as settings
-from fedlora import models
+from fedlora import identity, models
 from fedlora.check import ConfigError
 from fedlora.compute.prefix import Prefix
 from fedlora.compute.rows import Rows
@@ -27,6 +27,7 @@ from fedlora.models.adapted import AdaptedModel
 from fedlora.models.base import Base
 from fedlora.models.encode import Encoded
 from fedlora.models.trial import tried
+from fedlora.validate import from_json
 
 
 @dataclass
@@ -56,7 +57,7 @@ class Workbench:
     @cached_property
     def identity(self) -> str:
         """That of the experiment, for the keys of all its clients."""
-        return self.config.identity
+        return identity.digest(self.config)
 
     @cached_property
     def counts(self) -> np.ndarray:
@@ -88,7 +89,7 @@ def refreshed(config: Config) -> Workbench:
 @lru_cache(maxsize=64)  # cells in step take turns
 def build_from(text: str) -> Workbench:
     """The same for the configuration that a message carries, checked again where it arrives."""
-    config = Config.from_json(text)
+    config = from_json(text)
     parts = _parts(config)
     dataset = _examples(parts)
     shards = partition.split(config.partition, dataset.train, config.clients, config.seed)
@@ -124,6 +125,7 @@ class Made(NamedTuple):
     dataset: Dataset
     base: Base
     model: AdaptedModel
+    prefix: Prefix
 
 
 @lru_cache(maxsize=1)
@@ -137,16 +139,15 @@ def _model(parts: Parts) -> Made:
     base = models.load(settings.ModelConfig(**json.loads(parts.model)), dataset, parts.seed)
     model = AdaptedModel(base, settings.AdapterConfig(**json.loads(parts.adapter)), torch_device(parts.device))
     tried(model, dataset)
-    return Made(dataset, base, model)
+    model.prefix = prefix = Prefix(model)
+    return Made(dataset, base, model, prefix)
 
 
 @lru_cache(maxsize=2)
 def _encoded(parts: Parts, limit: float, part: str) -> Encoded:
     """The examples of a part, with what is the same in every step of it: in half of the `limit` (GB) for both parts."""
-    dataset, base, model = _model(parts)
-    if model.prefix is None:
-        model.prefix = Prefix(model)
-    return model.prefix.kept(base.encode(getattr(dataset, part)), limit * 1e9 / 2)
+    dataset, base, _, prefix = _model(parts)
+    return prefix.kept(base.encode(getattr(dataset, part)), limit * 1e9 / 2)
 
 
 @lru_cache(maxsize=1)

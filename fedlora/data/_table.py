@@ -18,8 +18,9 @@ import numpy as np
 
 from fedlora import check
 from fedlora.check import ConfigError
-from fedlora.data import Dataset, Examples, labels, ordered
+from fedlora.data import labels
 from fedlora.data._text import one_line
+from fedlora.data.examples import Dataset, Examples, ordered
 from fedlora.data.partition import split_off_test
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedlora.data import Dataset, Examples
+from fedlora.data.examples import Dataset, Examples
 from fedlora.data.partition import split_off_test
 
 if TYPE_CHECKING:

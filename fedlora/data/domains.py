@@ -15,7 +15,7 @@ import numpy as np
 
 from fedlora import seeds
 from fedlora.check import ConfigError
-from fedlora.data import Dataset, Examples
+from fedlora.data.examples import Dataset, Examples
 
 
 def plain(image: np.ndarray) -> np.ndarray:

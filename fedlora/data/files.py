@@ -14,9 +14,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fedlora.check import ConfigError
-from fedlora.data import Dataset, _delimited, _file, _json, _table
+from fedlora.data import _delimited, _file, _json, _table
 from fedlora.data._table import Columns, Table
 from fedlora.data._text import one_line
+from fedlora.data.examples import Dataset
 
 if TYPE_CHECKING:
     from fedlora.config import DatasetConfig

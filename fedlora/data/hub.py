@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from fedlora import check
 from fedlora.check import ConfigError
-from fedlora.data import Dataset, _file, _table
+from fedlora.data import _file, _table
 from fedlora.data._table import Table
 from fedlora.data._text import one_line
+from fedlora.data.examples import Dataset
 
 if TYPE_CHECKING:
     from fedlora.config import DatasetConfig

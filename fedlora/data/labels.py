@@ -16,7 +16,7 @@ import numpy as np
 from fedlora.check import ConfigError
 
 if TYPE_CHECKING:
-    from fedlora.data import Dataset
+    from fedlora.data.examples import Dataset
 
 SHOWN = 10  # names in one line of the terminal
 FEW = 50  # rows: with so many or fewer, each may have a class of its own

@@ -30,11 +30,11 @@ import numpy as np
 
 from fedlora import check, seeds
 from fedlora.check import ConfigError
-from fedlora.data import ordered
+from fedlora.data.examples import ordered
 
 if TYPE_CHECKING:
     from fedlora.config import PartitionConfig
-    from fedlora.data import Examples
+    from fedlora.data.examples import Examples
 
 Partition = Callable[["PartitionConfig", "Examples", int, np.random.Generator], list[np.ndarray]]
 PARTITIONS: dict[str, Partition] = {}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fedlora import data
 from fedlora.config import DatasetConfig
-from fedlora.data import Dataset
+from fedlora.data.examples import Dataset
 
 STORED = ("digits", "files", "hub")  # the same for every seed
 State = tuple[tuple[str, int, int], ...]  # path, bytes and time of the last change of each file that a dataset names

@@ -24,6 +24,7 @@ from fedlora.config import Config, DatasetConfig
 from fedlora.deploy.account import Account
 from fedlora.deploy.limits import GIGABYTE, Limits
 from fedlora.interrupt import CtrlC
+from fedlora.validate import checked
 
 if TYPE_CHECKING:
     from fedlora.deploy.sums import SecureSums
@@ -115,7 +116,7 @@ def _experiment(path: Path) -> Config:
     from fedlora.app.records import settings_of
 
     try:
-        return settings_of(json.loads(path.read_text(encoding="utf-8"))).checked()
+        return checked(settings_of(json.loads(path.read_text(encoding="utf-8"))))
     except (OSError, ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ConfigError(f"--experiment {path} is not a run's config.json ({str(error)[:200]})") from error
 

@@ -27,6 +27,7 @@ from fedlora.deploy.reasons import Reason, Refused
 from fedlora.groups.running import LARGEST_NOISE
 from fedlora.server.participation import draw_cohort, schedule
 from fedlora.server.updates import at_rank
+from fedlora.validate import checked
 from strategies import LoRAStrategy
 
 PART = 4  # of the owner's memory: what a message's arrays may take is this part, since they are copied on their way
@@ -171,7 +172,7 @@ def read(text: str) -> Config:
 def valid(config: Config) -> LoRAStrategy:
     """The strategy of a configuration that can be run. Raises Refused for any other."""
     try:
-        return make_strategy(config.checked())
+        return make_strategy(checked(config))
     except (ValueError, TypeError, ArithmeticError) as error:
         raise Refused(Reason.MALFORMED, f"the experiment cannot be run: {error}") from error
 

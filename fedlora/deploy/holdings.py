@@ -11,9 +11,11 @@ import numpy as np
 
 from clients.task import local_steps, sampling_rate
 from fedlora.config import Config, DatasetConfig, EngineConfig, PartitionConfig
-from fedlora.data import ordered, partition
+from fedlora.data import partition
+from fedlora.data.examples import ordered
 from fedlora.deploy.reasons import Reason, Refused
 from fedlora.identity import resolved
+from fedlora.validate import checked
 
 NOT_ASKED = (
     "name", "results", "overwrite", "plan", "save_merged", "deploy", "min_online", "patience", "device", "engine", "partition",
@@ -50,15 +52,17 @@ def localised(own: Holdings, config: Config) -> Config:
         raise Refused(Reason.NOT_HELD, f"this device is client {own.client}, and the experiment has clients={config.clients}")
     sizes = [0] * config.clients  # those of others are not known here, and change nothing
     sizes[own.client] = own.examples
-    return replace(
-        config,
-        dataset=replace(own.data, classes=config.dataset.classes),  # the same ones, in the order of the model's outputs
-        model=replace(config.model, path=own.model[1]),
-        partition=PartitionConfig(name="own", sizes=sizes),
-        engine=EngineConfig(name="inline", cohort="1", prefix_cache=own.cache),
-        device=own.device,
-        deploy=config.deploy or "none",  # the experiment that was agreed to may be a simulation's
-    ).checked()
+    return checked(
+        replace(
+            config,
+            dataset=replace(own.data, classes=config.dataset.classes),  # the same ones, in the order of the model's outputs
+            model=replace(config.model, path=own.model[1]),
+            partition=PartitionConfig(name="own", sizes=sizes),
+            engine=EngineConfig(name="inline", cohort="1", prefix_cache=own.cache),
+            device=own.device,
+            deploy=config.deploy or "none",  # the experiment that was agreed to may be a simulation's
+        )
+    )
 
 
 def work(own: Holdings, config: Config) -> tuple[float, int, int]:

@@ -35,6 +35,7 @@ from fedlora.config import Config, EngineConfig
 from fedlora.deploy.courier import HOME, Sender
 from fedlora.engines.inline import InlineEngine
 from fedlora.server.rollcall import RollCall
+from fedlora.validate import from_json
 from strategies import LoRAStrategy
 
 POLL = 0.3  # seconds from one look for replies to the next
@@ -51,7 +52,7 @@ def main(grid: Grid, context: Context) -> None:
 
     logging.getLogger("flwr").setLevel(logging.WARNING)  # what it says of rounds is in the records
     started = time.perf_counter()
-    asked = Config.from_json(str(context.run_config[messages.EXPERIMENT]))
+    asked = from_json(str(context.run_config[messages.EXPERIMENT]))
     grid.send_and_receive = partial(send_and_receive, grid)  # type: ignore[method-assign]
     name, results = folder_name(asked.name or run_name(asked)), get_flwr_home() / "fedlora"
     config = replace(asked, results=str(results), name=name, engine=EngineConfig(name="inline"))

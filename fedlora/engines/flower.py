@@ -14,7 +14,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedlora import interrupt
 from fedlora.config import Config
-from fedlora.engines import OnReply, load_app, pool, resources
+from fedlora.engines import pool
+from fedlora.engines.base import OnReply, load_app
 
 
 class FlowerEngine:
@@ -63,7 +64,7 @@ class FlowerEngine:
 
         error = None
         try:
-            workers, gpus = resources(self.config)
+            workers, gpus = pool.resources(self.config)
             pool.start_own(workers)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)

@@ -9,7 +9,8 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedlora.config import Config
-from fedlora.engines import OnReply, cohort
+from fedlora.engines import cohort
+from fedlora.engines.base import OnReply
 from fedlora.engines.local import LocalGrid
 
 

@@ -14,7 +14,8 @@ from flwr.app import Message
 from greenlet import getcurrent, greenlet  # type: ignore[import-untyped]
 
 from fedlora.config import Config
-from fedlora.engines import OnReply, cohort
+from fedlora.engines import cohort
+from fedlora.engines.base import OnReply
 from fedlora.engines.inline import InlineEngine, InlineGrid
 from fedlora.engines.local import play
 

@@ -15,7 +15,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora import interrupt
 from fedlora.check import sentence
-from fedlora.engines import load_app
+from fedlora.engines.base import load_app
 
 CLIENT_RAISED = 2  # Flower's error code for an exception in the ClientApp
 WORKER_LOST = 8  # and for a process that died

@@ -16,7 +16,8 @@ from flwr.app import Message, RecordDict
 from fedlora import interrupt
 from fedlora.check import ConfigError, RunError, reason
 from fedlora.config import Config, EngineConfig
-from fedlora.engines import CLIENT_APP, cluster, load_app, resources
+from fedlora.engines import cluster
+from fedlora.engines.base import CLIENT_APP, load_app
 from fedlora.engines.local import adds, carrying, play
 
 TICK = 1.0  # seconds between looks for nodes that have joined
@@ -192,6 +193,27 @@ def pool(config: Config, app: str) -> Pool:
             _pool.stop()
         _pool = Pool(kind)
     return _pool
+
+
+def resources(config: Config) -> tuple[int, float]:
+    """Workers, and GPUs a worker: what the settings say, else one worker a core, or one a GPU with device=cuda,
+    of this machine or of the cluster's that are free."""
+    from fedlora.compute.workbench import torch_device
+
+    on_gpu = torch_device(config.device).type == "cuda"
+    gpus = config.engine.gpus_per_worker
+    share = gpus if gpus is not None else float(on_gpu)
+    if share and not on_gpu:
+        raise ConfigError(f"engine.gpus_per_worker={share:g} needs a GPU, and device={config.device} gives none; set it to 0")
+    if config.engine.workers is not None:
+        return config.engine.workers, share
+    if config.engine.address is not None:
+        return room(config.engine, share), share
+    if share:
+        import torch
+
+        return max(1, int(torch.cuda.device_count() / share)), share
+    return os.cpu_count() or 1, 0.0
 
 
 def room(engine: EngineConfig, gpus: float) -> int:

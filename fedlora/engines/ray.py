@@ -23,7 +23,8 @@ from flwr.serverapp import Grid
 
 from fedlora import interrupt
 from fedlora.config import Config
-from fedlora.engines import CLIENT_APP, OnReply, cohort
+from fedlora.engines import cohort
+from fedlora.engines.base import CLIENT_APP, OnReply
 from fedlora.engines.local import WORKER_LOST, LocalGrid, adds, carrying
 from fedlora.engines.pool import TICK, Pool, Seat, pool, start_ray
 

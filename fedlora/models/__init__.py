@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 
 # Modules of this package that are not models.
 _PARTS = {
-    *("adapted", "adapters", "base", "dropout", "encode", "export", "files", "heads", "layout", "prefix", "reading", "readout"),
-    *("rows", "targets", "tokens", "trial"),
+    *("adapted", "base", "encode", "export", "files", "heads", "pretrained", "reading", "targets", "tokens", "trial"),
 }
 
 

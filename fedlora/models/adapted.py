@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -28,8 +28,12 @@ from fedlora.models.base import Base
 from fedlora.models.encode import PREFIX
 from fedlora.models.targets import block_numbers, file_name, head_modules, target_modules
 
-if TYPE_CHECKING:
-    from fedlora.compute.prefix import Prefix
+
+class Resumed(Protocol):
+    """Blocks whose output is known already (`fedlora.compute.prefix.Prefix`)."""
+
+    def replaced_by(self, hidden: Tensor) -> AbstractContextManager[None]:
+        """While this lasts, the first block above them is given `hidden` (N, T, H)."""
 
 
 class AdaptedModel:
@@ -58,7 +62,7 @@ class AdaptedModel:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # PEFT sets it right for Conv1D by itself
             self.peft = peft.get_peft_model(base.model, lora).to(device)
-        self.prefix: Prefix | None = None  # whoever makes batches that bring hidden states sets it
+        self.prefix: Resumed | None = None  # whoever makes batches that bring hidden states sets it
         self.device, self.base_dropout = device, base.dropout
         self.rank, self.scale = config.rank, config.alpha / config.rank
         names = {file_name(name): parameter for name, parameter in self.peft.named_parameters()}

@@ -16,7 +16,7 @@ from fedlora.arrays import lowrank, messages
 from fedlora.arrays.lowrank import Adapters, Pair
 from fedlora.check import ConfigError
 from fedlora.models.adapted import AdaptedModel, as_numpy, put
-from fedlora.models.adapters import write_labels
+from fedlora.models.pretrained import write_labels
 from fedlora.models.reading import quiet
 
 

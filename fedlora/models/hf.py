@@ -10,13 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedlora import seeds
-from fedlora.check import ConfigError
 from fedlora.config import ModelConfig
 from fedlora.data import Dataset, Examples
-from fedlora.models import adapters, files, heads, tokens
+from fedlora.models import files, heads, pretrained, tokens
 from fedlora.models.base import Base
 from fedlora.models.encode import Encoded, Images
 from fedlora.models.reading import PROCESSOR, quiet, reading
@@ -68,61 +67,22 @@ def load_classifier(path: str, dataset: Dataset, seed: int, head: Any = "auto") 
     }[dataset.kind]
     stream = seeds.torch_seed(seed, "head")
     with reading(path), quiet():
-        config, state = source(path, auto)
+        config, state = pretrained.source(path, auto)
         placed = heads.place(path, [str(config.id2label[i]) for i in range(config.num_labels)], dataset.classes, head)
         problem, config.problem_type = config.problem_type, "single_label_classification"
-        adapters.named(config, placed.classes)
-        model, missing, mismatched = read(path, config, state, auto, stream)
+        pretrained.named(config, placed.classes)
+        model, missing, mismatched = pretrained.read(path, config, state, auto, stream)
         body = f"{model.base_model_prefix}."
         if any(not name.startswith(body) for name in missing):  # a body alone: nothing of it has learned any class
             heads.refuse_none(path, head)
             placed = heads.Placed([*dataset.classes], False, heads.NONE)
-            adapters.named(model.config, placed.classes)
+            pretrained.named(model.config, placed.classes)
         else:
             heads.refuse(path, placed, problem, head)
             if head == "new":
                 state = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(body)}
-                model, missing, mismatched = read(path, config, state, auto, stream)
+                model, missing, mismatched = pretrained.read(path, config, state, auto, stream)
     return Classifier(model, sorted(missing | mismatched), placed.classes, placed.why)
-
-
-def source(path: str, auto: Any) -> tuple[Any, dict[str, Tensor] | None]:
-    """The configuration of the classifier at `path`, and its tensors where they are not in its own files: of an adapter."""
-    import transformers
-
-    if os.path.isdir(path):
-        files.sound(Path(path))
-    base = files.base_of(path)
-    if base is not None:
-        return adapters.merged(path, base, auto)
-    with reading(path):
-        config = transformers.AutoConfig.from_pretrained(path, **files.at(path))
-    if type(config) not in auto._model_mapping:
-        kind = auto.__name__.removeprefix("AutoModelFor")
-        raise ConfigError(
-            f"model.path={path} is of the type {config.model_type}, for which transformers has no {kind}; use another "
-            "checkpoint, or data of the other kind (dataset.text or dataset.image)"
-        )
-    return config, None
-
-
-def read(path: str, config: Any, state: dict[str, Tensor] | None, auto: Any, stream: int = 0) -> tuple[Any, set[str], set[str]]:
-    """The model of this configuration, its tensors from `state`, else from the files at `path`.
-
-    Also the names of the parameters that were not there, and of those that had another shape: both drawn from `stream`.
-    """
-    with reading(path), quiet(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream)
-        how: dict[str, Any] = {"state_dict": state} if state is not None else files.at(path)
-        model, info = auto._model_mapping[type(config)].from_pretrained(
-            None if state is not None else path,
-            config=config,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            dtype=torch.float32,
-            **how,
-        )
-    return model, set(info["missing_keys"]), {name for name, *_ in info["mismatched_keys"]}
 
 
 def _inputs(path: str) -> str:

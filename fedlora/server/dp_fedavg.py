@@ -73,13 +73,16 @@ class UserGuard:
     """Draws each round's cohort, releases its sum, and keeps the ledger, written ahead.
 
     `save` is called with the ledger before anything of a round is sent. What `before` has counted stays counted: releases
-    with noise that rounds taken again do not have again.
+    with noise that rounds taken again do not have again. `identity` is the digest of the run's settings: it keys the draws of a
+    simulation.
     """
 
     noise_multipliers: list[float] = []  # clients add none; the server does
 
-    def __init__(self, config: Config, save: Callable[[UserLedger], None], before: UserLedger | None = None) -> None:
-        self.config, self.run, self.save = config.privacy, config, save
+    def __init__(
+        self, config: Config, identity: str, save: Callable[[UserLedger], None], before: UserLedger | None = None
+    ) -> None:
+        self.config, self.run, self.identity, self.save = config.privacy, config, identity, save
         arguments = (
             config.clients, config.cohort_size, config.rounds, self.config.delta, self.config.sampling, self.config.adjacency
         )  # fmt: skip
@@ -142,7 +145,7 @@ class UserGuard:
         """The key of one draw, of 32 bytes: on devices never the same, in a simulation one for each run and round."""
         if self.run.deploy:
             return os.urandom(32)
-        return seeds.private_key(purpose, self.run.seed, round, self.run.identity, *more)
+        return seeds.private_key(purpose, self.run.seed, round, self.identity, *more)
 
     def memory(self) -> dict[str, Any]:
         """What `go_on` takes, as JSON has it."""

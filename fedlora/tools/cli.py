@@ -1,4 +1,4 @@
-"""The commands: what a user typed is checked whole, for every cell of a sweep (`fedlora.app.compose`), before any work is done."""
+"""The commands: what a user typed is checked whole (`fedlora.app.compose`), for every cell of a sweep, before any work."""
 
 from __future__ import annotations
 

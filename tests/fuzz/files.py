@@ -21,6 +21,7 @@ from fedlora.deploy.account import TRAIN, Account, Work
 from fedlora.deploy.limits import Limits
 from fedlora.deploy.memory import Memory
 from fedlora.secure import Sets
+from fedlora.validate import checked
 from tests.fuzz import damage
 from tests.test_checkpoint import broken_off
 
@@ -109,17 +110,18 @@ def result(config: Config, finished: bool) -> Path:
 
 def configured(folder: Path, name: str, **more: Any) -> Config:
     """The smallest experiment."""
-    return from_dict({
+    return checked(from_dict({
         "name": name, "results": str(folder), "clients": 4, "clients_per_round": 2, "rounds": 3, "device": "cpu",
         "train": {"steps": 1}, "evaluate": {"every": 3}, "engine": {"name": "inline", "cohort": "1"}, **more,
-    }).checked()  # fmt: skip
+    }))  # fmt: skip
 
 
 @contextlib.contextmanager
 def part(folder: Path) -> Iterator[Callable[[int], Counter[str]]]:
     """The function from a seed to what came of its mutation."""
     folders = {"device": Folder(state(folder / "state"), device)}
-    with patch("fedlora.app.experiment.report.tested", lambda rows: False), patch("fedlora.app.terminal.say", lambda line: None), \
+    with patch("fedlora.app.experiment.report.tested", lambda rows: False), \
+         patch("fedlora.app.terminal.say", lambda line: None), \
          patch("fedlora.app.terminal.console.quiet", True):  # fmt: skip
         for name, more in RUNS.items():
             for finished in (False, True):
@@ -133,5 +135,6 @@ def part(folder: Path) -> Iterator[Callable[[int], Counter[str]]]:
             return Counter({f"{folders[name].case(rng)} ({name.partition('-')[0]})": 1})
 
         with patch("fedlora.app.experiment.Course.drive", lambda self, grid: None), \
-             patch("fedlora.app.experiment.conclude", lambda *_: {}), patch("fedlora.app.records.environment", dict):  # fmt: skip
+             patch("fedlora.app.experiment.conclude", lambda *_: {}), \
+             patch("fedlora.app.records.environment", dict):  # fmt: skip
             yield case

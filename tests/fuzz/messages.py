@@ -37,6 +37,7 @@ from fedlora.deploy.limits import Limits
 from fedlora.deploy.reasons import Reason
 from fedlora.deploy.sums import SecureSums
 from fedlora.secure import ACTIONS, Identity, Participant, Terms, crypto
+from fedlora.validate import checked
 from tests.conftest import write_digits
 from tests.fuzz import damage, mutate
 
@@ -236,6 +237,6 @@ def part(folder: Path) -> Iterator[Callable[[int], Counter[str]]]:
         "partition": {"name": "own", "sizes": [20, 20, 20]},
         "dataset": {"name": "files", "image": "image", "classes": classes},
     }  # fmt: skip
-    servers = [Server(from_dict(json.loads(json.dumps(settings | more))).checked()) for more in EXPERIMENTS.values()]
+    servers = [Server(checked(from_dict(json.loads(json.dumps(settings | more))))) for more in EXPERIMENTS.values()]
     with patch("clients.app.evaluate", partial(without_work, RecordDict())):
         yield Fuzz(folder / "state", own, servers).case

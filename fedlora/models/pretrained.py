@@ -1,15 +1,18 @@
-"""An adapter's folder as a base model: PEFT's adapter is merged into the base that it names, with the head that it saved."""
+"""What a checkpoint holds: a model's own weights, or PEFT's adapter, merged into the base that it names with its saved head."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedlora.check import ConfigError
 from fedlora.models import files
+from fedlora.models.reading import quiet, reading
 
 LABELS = "labels.json"  # beside an adapter: the class of each logit, which PEFT's own file has no place for
 
@@ -17,6 +20,45 @@ LABELS = "labels.json"  # beside an adapter: the class of each logit, which PEFT
 def write_labels(folder: Path, classes: list[str]) -> None:
     """The class of each logit, in order."""
     (folder / LABELS).write_text(json.dumps(classes, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def source(path: str, auto: Any) -> tuple[Any, dict[str, Tensor] | None]:
+    """The configuration of the classifier at `path`, and its tensors where they are not in its own files: of an adapter."""
+    import transformers
+
+    if os.path.isdir(path):
+        files.sound(Path(path))
+    base = files.base_of(path)
+    if base is not None:
+        return merged(path, base, auto)
+    with reading(path):
+        config = transformers.AutoConfig.from_pretrained(path, **files.at(path))
+    if type(config) not in auto._model_mapping:
+        kind = auto.__name__.removeprefix("AutoModelFor")
+        raise ConfigError(
+            f"model.path={path} is of the type {config.model_type}, for which transformers has no {kind}; use another "
+            "checkpoint, or data of the other kind (dataset.text or dataset.image)"
+        )
+    return config, None
+
+
+def read(path: str, config: Any, state: dict[str, Tensor] | None, auto: Any, stream: int = 0) -> tuple[Any, set[str], set[str]]:
+    """The model of this configuration, its tensors from `state`, else from the files at `path`.
+
+    Also the names of the parameters that were not there, and of those that had another shape: both drawn from `stream`.
+    """
+    with reading(path), quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream)
+        how: dict[str, Any] = {"state_dict": state} if state is not None else files.at(path)
+        model, info = auto._model_mapping[type(config)].from_pretrained(
+            None if state is not None else path,
+            config=config,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            dtype=torch.float32,
+            **how,
+        )
+    return model, set(info["missing_keys"]), {name for name, *_ in info["mismatched_keys"]}
 
 
 def merged(path: str, base: str, auto: Any) -> tuple[Any, dict[str, Tensor]]:
@@ -42,8 +84,6 @@ def merged(path: str, base: str, auto: Any) -> tuple[Any, dict[str, Tensor]]:
 
 def _base(path: str, base: str, auto: Any, classes: list[str]) -> tuple[Any, set[str]]:
     """The base with a head for the adapter's classes (empty: its own), and the names of what it lacked."""
-    from fedlora.models.hf import read, source
-
     try:
         config, state = source(base, auto)
         if classes:
