@@ -22,6 +22,7 @@ from fedlora import data
 from fedlora.check import ConfigError
 from fedlora.config import Config, DatasetConfig
 from fedlora.data import Dataset, Examples, labels
+from fedlora.data.examples import ordered
 from fedlora.data.partition import split_off_test
 from fedlora.validate import checked
 
@@ -104,7 +105,7 @@ def test_importing_the_package_imports_no_heavy_library() -> None:
     ],
 )
 def test_ordered(words: list[str], order: list[str]) -> None:
-    assert data.ordered(words) == order
+    assert ordered(words) == order
 
 
 @pytest.mark.parametrize("as_array", [True, False])
