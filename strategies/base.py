@@ -30,7 +30,7 @@ from fedlora.server.report import RoundReport
 from fedlora.server.rollcall import RollCall
 from fedlora.server.secure import SecureMean
 from fedlora.server.updates import average_dense, capped
-from fedlora.server.wire import Ask, whole
+from fedlora.server.wire import Ask, Unequal, whole
 
 __all__ = ["FlowerFedAvg", "LoRAStrategy", "RoundReport"]
 
@@ -90,8 +90,10 @@ class LoRAStrategy(Evaluation):
         self.ranks, self.derive, self.beyond_peft = ranks, derive, beyond_peft
         self.encodes, self.round_timeout = encodes, round_timeout
         self.max_weight, self.max_update = check.fraction(max_weight=max_weight), check.positive(max_update=max_update)
-        if ranks is not None and self.unequal not in ("native", "padded"):
-            raise ConfigError(f"adapter.ranks does not go with strategy={self.name}: {self.unequal}; give all clients one rank")
+        if ranks is not None and self.unequal is Unequal.NO:
+            raise ConfigError(
+                f"adapter.ranks does not go with strategy={self.name}: {self.one_rank}; give all clients one rank"
+            )
         self.state = None
         self.initial, self.report = {}, None
         # Draws a round's cohort out of these clients, so many of them.
@@ -125,7 +127,7 @@ class LoRAStrategy(Evaluation):
         self._left_off = done, state, initial
 
     def gather(self, state: ServerState, updates: list[Update], round: int, ask: Ask) -> list[Update]:
-        """What is merged, from what clients sent; one that `withholds` asks for more of it here."""
+        """What is merged, from what clients sent; a strategy with `two_phase` asks for more of it here."""
         return updates
 
     @abstractmethod

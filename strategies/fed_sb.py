@@ -16,6 +16,7 @@ from fedlora.arrays import lowrank
 from fedlora.arrays.messages import ServerState, Update
 from fedlora.check import ConfigError
 from fedlora.server.updates import shares
+from fedlora.server.wire import Fit
 from strategies.base import LoRAStrategy
 
 
@@ -23,12 +24,13 @@ class FedSB(LoRAStrategy):
     """Freeze orthonormal A and B, train and average R."""
 
     trains = "R"
-    down = "R"
+    downlink = "R"
     paper = "Fed-SB, 2502.15436"
     exact = True
     linear = True
-    unequal = "R̄ needs clients of one rank"
-    private = "strong: noise enters B R A linearly and in r² coordinates a layer, and the frozen factors are public"
+    one_rank = "R̄ needs clients of one rank"
+    private = Fit.STRONG
+    private_because = "noise enters B R A linearly and in r² coordinates a layer, and the frozen factors are public"
 
     def __init__(self, *, init: Annotated[str, "how A and B begin: orthonormal"] = "orthonormal", **keywords: Any) -> None:
         super().__init__(init=init, **keywords)

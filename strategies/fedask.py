@@ -20,7 +20,7 @@ from fedlora.arrays import lowrank, sketch
 from fedlora.arrays.lowrank import Pair
 from fedlora.arrays.messages import ServerState, Update
 from fedlora.server.updates import layers, shares
-from fedlora.server.wire import Ask, Shapes
+from fedlora.server.wire import Ask, Fit, Shapes
 from strategies.base import LoRAStrategy
 
 
@@ -28,12 +28,13 @@ class FedASK(LoRAStrategy):
     """Ask clients for sketches, then for projections on what they span, and truncate the SVD of the sum."""
 
     trains = "AB"
-    withholds = True
+    two_phase = True
     paper = "FedASK, 2507.09990"
     exact = False  # of both factors: a sum of K clients has rank up to K·r; with factors=B it is
-    steady = False
-    unequal = "the paper's sketch is for clients of one rank"
-    private = "good with factors=B, where noise enters B A linearly; weak with both factors"
+    keeps_basis = False
+    one_rank = "the paper's sketch is for clients of one rank"
+    private = Fit.GOOD
+    private_because = "with factors=B, where noise enters B A linearly; weak with both factors"
 
     def __init__(
         self,

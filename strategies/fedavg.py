@@ -12,6 +12,7 @@ from dataclasses import replace
 from fedlora.arrays import lowrank
 from fedlora.arrays.messages import ServerState, Update
 from fedlora.server.updates import layers, shares
+from fedlora.server.wire import Fit, Unequal
 from strategies.base import LoRAStrategy
 
 
@@ -22,8 +23,9 @@ class FedAvg(LoRAStrategy):
     paper = "FedIT, 2305.05644"
     exact = False
     linear = True
-    unequal = "padded"
-    private = "weak: noise in both factors multiplies in B A"
+    unequal = Unequal.PADDED
+    private = Fit.WEAK
+    private_because = "noise in both factors multiplies in B A"
 
     def merge(self, state: ServerState, updates: list[Update], round: int) -> ServerState:
         """(Ā, B̄) of every layer."""

@@ -15,6 +15,7 @@ from fedlora.arrays import lowrank
 from fedlora.arrays.lowrank import Pair
 from fedlora.arrays.messages import ServerState, Update
 from fedlora.server.updates import layers, shares
+from fedlora.server.wire import Fit
 from strategies.base import LoRAStrategy
 
 
@@ -25,8 +26,9 @@ class FedExLoRA(LoRAStrategy):
     corrects = True
     paper = "FedEx-LoRA, 2410.09432"
     exact = True
-    unequal = "Ā and B̄ need clients of one rank"
-    private = "weak: noise in both factors multiplies in B A, and the base keeps it"
+    one_rank = "Ā and B̄ need clients of one rank"
+    private = Fit.WEAK
+    private_because = "noise in both factors multiplies in B A, and the base keeps it"
 
     def moves(self, ranks: Sequence[int]) -> int:
         """(B_k − B̄)(A_k − Ā) of every client; nothing of one alone."""

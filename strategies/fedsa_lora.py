@@ -14,6 +14,7 @@ from fedlora.arrays import lowrank
 from fedlora.arrays.lowrank import Pair
 from fedlora.arrays.messages import ServerState, Update
 from fedlora.server.updates import layers, shares
+from fedlora.server.wire import Fit
 from strategies.base import LoRAStrategy
 
 
@@ -22,12 +23,13 @@ class FedSALoRA(LoRAStrategy):
 
     trains = "AB"
     personal = "B"
-    down = "A"
+    downlink = "A"
     paper = "FedSA-LoRA, 2410.01463"
     exact = False
     linear = True
-    unequal = "Ā needs clients of one rank"
-    private = "possible: only A leaves the client, but the noise of both factors is in each client's model"
+    one_rank = "Ā needs clients of one rank"
+    private = Fit.POSSIBLE
+    private_because = "only A leaves the client, but the noise of both factors is in each client's model"
 
     def merge(self, state: ServerState, updates: list[Update], round: int) -> ServerState:
         """(Ā, B) of every layer, B being the one with which a client begins."""

@@ -16,6 +16,7 @@ from fedlora.arrays import lowrank
 from fedlora.arrays.lowrank import Pair
 from fedlora.arrays.messages import ServerState, Update
 from fedlora.server.updates import layers, shares
+from fedlora.server.wire import Fit
 from strategies.base import LoRAStrategy
 
 
@@ -23,13 +24,14 @@ class FedSVD(LoRAStrategy):
     """Average B, then refactor B A by its SVD; `every` = k refactors in every k-th round only."""
 
     trains = "B"
-    down = "BR"
+    downlink = "BR"
     paper = "FedSVD, 2505.12805"
     exact = True
     linear = True
-    steady = False
-    unequal = "a client of lower rank would erase the columns of B that it does not hold"
-    private = "strong: noise in B alone enters B A linearly, and refactoring is post-processing"
+    keeps_basis = False
+    one_rank = "a client of lower rank would erase the columns of B that it does not hold"
+    private = Fit.STRONG
+    private_because = "noise in B alone enters B A linearly, and refactoring is post-processing"
 
     def __init__(self, *, every: Annotated[int, "refactor in every k-th round only"] = 1, **keywords: Any) -> None:
         super().__init__(**keywords)

@@ -15,6 +15,7 @@ from fedlora.arrays import lowrank
 from fedlora.arrays.lowrank import Pair
 from fedlora.arrays.messages import ServerState, Update
 from fedlora.server.updates import layers, shares
+from fedlora.server.wire import Fit
 from strategies.base import LoRAStrategy
 
 
@@ -22,12 +23,13 @@ class FFALoRA(LoRAStrategy):
     """Freeze A, average B."""
 
     trains = "B"
-    down = "B"
+    downlink = "B"
     paper = "FFA-LoRA, 2403.12313"
     exact = True
     linear = True
-    unequal = "a client of lower rank would erase the columns of B that it does not hold"
-    private = "strong: noise in B alone enters B A linearly"
+    one_rank = "a client of lower rank would erase the columns of B that it does not hold"
+    private = Fit.STRONG
+    private_because = "noise in B alone enters B A linearly"
 
     def merge(self, state: ServerState, updates: list[Update], round: int) -> ServerState:
         """(A, B̄) of every layer."""

@@ -16,6 +16,7 @@ from fedlora.arrays import lowrank
 from fedlora.arrays.lowrank import Pair
 from fedlora.arrays.messages import ServerState, Update
 from fedlora.server.updates import layers, shares
+from fedlora.server.wire import Fit, Unequal
 from strategies.base import LoRAStrategy
 
 
@@ -25,9 +26,10 @@ class FlexLoRA(LoRAStrategy):
     trains = "AB"
     paper = "FlexLoRA, 2402.11505"
     exact = False
-    steady = False
-    unequal = "native"
-    private = "weak: noise in both factors multiplies in B A, and the largest directions of the noise are kept"
+    keeps_basis = False
+    unequal = Unequal.NATIVE
+    private = Fit.WEAK
+    private_because = "noise in both factors multiplies in B A, and the largest directions of the noise are kept"
 
     def merge(self, state: ServerState, updates: list[Update], round: int) -> ServerState:
         """(V_rᵀ, U_r S_r) of every layer's Σ p_k B_k A_k."""

@@ -21,6 +21,7 @@ from fedlora.arrays.lowrank import Pair
 from fedlora.arrays.messages import ServerState, Update
 from fedlora.check import ConfigError
 from fedlora.server.updates import layers, shares
+from fedlora.server.wire import Fit, Unequal
 from strategies.base import LoRAStrategy
 
 
@@ -28,14 +29,15 @@ class FLoRA(LoRAStrategy):
     """Stack all factors into the base and begin anew from a random A and B = 0."""
 
     trains = "AB"
-    down = ""
-    redraws = True
+    downlink = ""
+    resamples_A = True
     corrects = True
     paper = "FLoRA, 2409.05976"
     exact = True
-    steady = False
-    unequal = "native"
-    private = "weak: noise in both factors multiplies in B A, and the base keeps it"
+    keeps_basis = False
+    unequal = Unequal.NATIVE
+    private = Fit.WEAK
+    private_because = "noise in both factors multiplies in B A, and the base keeps it"
 
     def __init__(self, **keywords: Any) -> None:
         super().__init__(**keywords)

@@ -17,6 +17,7 @@ from fedlora.arrays import lowrank
 from fedlora.arrays.lowrank import Pair
 from fedlora.arrays.messages import ServerState, Update
 from fedlora.server.updates import layers, shares
+from fedlora.server.wire import Fit, Unequal
 from strategies.base import LoRAStrategy
 
 
@@ -26,8 +27,9 @@ class HetLoRA(LoRAStrategy):
     trains = "AB"
     paper = "HetLoRA, 2401.06432"
     exact = False
-    unequal = "native"
-    private = "weak: noise in both factors multiplies in B A, and the noisiest client weighs most"
+    unequal = Unequal.NATIVE
+    private = Fit.WEAK
+    private_because = "noise in both factors multiplies in B A, and the noisiest client weighs most"
 
     def merge(self, state: ServerState, updates: list[Update], round: int) -> ServerState:
         """(Σ w_k A_k, Σ w_k B_k) of every layer, padded to the state's rank."""

@@ -26,6 +26,7 @@ from fedlora.arrays import lowrank
 from fedlora.arrays.lowrank import Pair
 from fedlora.arrays.messages import ServerState, Update
 from fedlora.server.updates import layers, shares
+from fedlora.server.wire import Fit, Unequal
 from strategies.base import LoRAStrategy
 
 
@@ -35,8 +36,9 @@ class LoRAFair(LoRAStrategy):
     trains = "AB"
     paper = "LoRA-FAIR, 2411.14961"
     exact = False
-    unequal = "padded"
-    private = "weak: noise in both factors multiplies in B A"
+    unequal = Unequal.PADDED
+    private = Fit.WEAK
+    private_because = "noise in both factors multiplies in B A"
 
     def __init__(
         self,

@@ -13,6 +13,7 @@ from dataclasses import replace
 from fedlora.arrays import lowrank
 from fedlora.arrays.messages import ServerState, Update
 from fedlora.server.updates import layers, shares
+from fedlora.server.wire import Fit
 from strategies.base import LoRAStrategy
 
 
@@ -23,8 +24,9 @@ class RoLoRA(LoRAStrategy):
     paper = "RoLoRA, 2409.02346"
     exact = True
     linear = True
-    unequal = "the factor that is fixed in a round must be the same for all clients"
-    private = "good: one factor is noised at a time, so that noise enters B A linearly"
+    one_rank = "the factor that is fixed in a round must be the same for all clients"
+    private = Fit.GOOD
+    private_because = "one factor is noised at a time, so that noise enters B A linearly"
 
     def trained(self, round: int) -> str:
         """B in odd rounds, A in even ones."""

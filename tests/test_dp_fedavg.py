@@ -100,7 +100,7 @@ def test_noise_is_z_times_the_clip_on_every_coordinate_that_is_sent_and_on_no_ot
     assert abs(np.corrcoef(first, second)[0, 1]) < 0.05
 
 
-@pytest.mark.parametrize("name", [name for name in strategies.names() if not strategies.strategy_class(name).withholds])
+@pytest.mark.parametrize("name", [name for name in strategies.names() if not strategies.strategy_class(name).two_phase])
 def test_every_strategy_merges_the_release(name) -> None:
     rng = np.random.default_rng(4)
     strategy, state = strategies.make(name), a_state(rng)

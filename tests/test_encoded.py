@@ -17,7 +17,7 @@ from fedlora.compute import workbench
 from tests.test_wire import bits, play
 
 METHODS = ("float16", "int8", "int4", "top_k")
-SENDERS = [name for name in strategies.names() if not strategies.strategy_class(name).withholds]
+SENDERS = [name for name in strategies.names() if not strategies.strategy_class(name).two_phase]
 FEW: dict[str, Any] = {"clients_per_round": 2, "train__steps": 1, "train__batch_size": 4}
 
 

@@ -24,7 +24,7 @@ from fedlora.arrays.lowrank import Adapters, Pair
 from fedlora.arrays.messages import ServerState, Update
 from fedlora.check import ConfigError
 from fedlora.server.metrics import geometry
-from fedlora.server.wire import Contents, Shapes
+from fedlora.server.wire import Contents, Fit, Shapes, Unequal
 from strategies import LoRAStrategy
 
 LAYERS = {"head": (2, 8), "query": (9, 7), "value": (5, 11)}  # name → (m, n); the first has fewer rows than the rank
@@ -43,7 +43,7 @@ variants = pytest.mark.parametrize(
 )
 every_name = pytest.mark.parametrize("name", strategies.names())
 both_rounds = pytest.mark.parametrize("round", [1, 2])
-UNEQUAL = [name for name in strategies.names() if strategies.strategy_class(name).unequal in ("native", "padded")]
+UNEQUAL = [name for name in strategies.names() if strategies.strategy_class(name).unequal is not Unequal.NO]
 
 
 def draw(rng: np.random.Generator, dtype: type = np.float64, rank: int = RANK) -> Adapters:
@@ -85,10 +85,10 @@ class Round:
             sent = own.adapters
             if "B" in self.strategy.personal:
                 sent = {name: Pair(pair.A, self.state.adapters[name].B) for name, pair in sent.items()}
-            if self.strategy.unequal == "padded":
+            if self.strategy.unequal is Unequal.PADDED:
                 sent = {name: lowrank.pad(pair, RANK) for name, pair in sent.items()}
             self.given.append(Update(client, count, sent, own.dense))
-        if self.strategy.withholds:
+        if self.strategy.two_phase:
             self.given = self.strategy.gather(self.state, self.given, self.number, self.answer)
 
     def answer(self, action: str, sent: Contents, shapes: Shapes | None = None) -> Contents:
@@ -185,9 +185,9 @@ def test_a_strategy_describes_itself(name: str) -> None:
     strategy, module = strategies.make(name), sys.modules[strategies.strategy_class(name).__module__]
     assert isinstance(strategy, LoRAStrategy)
     assert strategy.trains in ("AB", "A", "B", "R") and isinstance(strategy.exact, bool)
-    assert set(strategy.down) <= set("ABR") and set(strategy.personal) <= set(strategy.trains)
-    assert re.match(r"strong|good|possible|weak", strategy.private) and len(strategy.private) > 15
-    assert strategy.unequal in ("native", "padded") or " " in strategy.unequal
+    assert set(strategy.downlink) <= set("ABR") and set(strategy.personal) <= set(strategy.trains)
+    assert strategy.private is not Fit.UNKNOWN and len(strategy.private_because) > 15
+    assert (strategy.unequal is Unequal.NO) == ("one_rank" in vars(type(strategy)))
     if strategy.paper:
         assert re.search(r"\d{4}\.\d{5}$", strategy.paper)
         assert strategy.paper[-10:] in (module.__doc__ or ""), "the file opens with its paper"
@@ -264,7 +264,7 @@ def test_a_steady_merge_stays_in_the_coordinates_that_clients_were_given(name: s
     case = a_round(name, spread=0.0)
     after = case.merge()
     moved = [gap(a, b) for x in LAYERS for a, b in zip(after.adapters[x], case.state.adapters[x], strict=True)]
-    assert (max(moved) < 1e-12) == case.strategy.steady, moved
+    assert (max(moved) < 1e-12) == case.strategy.keeps_basis, moved
 
 
 @variants
@@ -374,7 +374,9 @@ def test_no_array_of_full_size_is_formed(name: str, settings: dict[str, Any]) ->
 def test_clients_of_unequal_rank(name: str, seed: int) -> None:
     """Every factor comes back at the state's rank, without NaN; exact strategies stay exact, flexlora best."""
     case = a_round(name, ranks=[1, 3, 2, 2], seed=seed)
-    assert [u.adapters["query"].rank for u in case.given] == ([3] * 4 if case.strategy.unequal == "padded" else [1, 3, 2, 2])
+    assert [u.adapters["query"].rank for u in case.given] == (
+        [3] * 4 if case.strategy.unequal is Unequal.PADDED else [1, 3, 2, 2]
+    )
     after = case.merge()
     for layer, (m, n) in LAYERS.items():
         assert [a.shape for a in after.adapters[layer]] == [(RANK, n), (m, RANK)]

@@ -65,7 +65,7 @@ def fit(cells: list[Config]) -> list[dict[str, np.ndarray]]:
 def test_every_strategy_trains_privately_in_every_way(small, name, level, monkeypatch) -> None:
     """Head frozen or trained, SGD or AdamW, whole batches or micro-batches, in this process or on workers."""
     chosen, ways = strategies.strategy_class(name), list(itertools.product(HEADS, OPTIMISERS, MICRO))
-    if chosen.withholds and level == "user":
+    if chosen.two_phase and level == "user":
         pytest.skip("refused: the server never sees a client's own factors")
     steps = 2 if chosen.personal else 1  # of a B that is zero at first, and stays on the client
     cells = [

@@ -131,13 +131,13 @@ def test_settings_that_are_refused(small, settings, sentence) -> None:
 def test_strategies_that_refuse_say_why(small, name, setting) -> None:
     with pytest.raises(ConfigError) as error:
         make_strategy(small(strategy={"name": name}, evaluate__holdout=0.2, **setting))
-    reason = strategies.strategy_class(name).unequal
+    reason = strategies.strategy_class(name).one_rank
     assert f"strategy={name}: {reason}; give all clients one rank" in str(error.value) and len(reason) > 20
 
 
 @unequal
 def test_strategies_that_do_not_refuse(name) -> None:
-    assert strategies.strategy_class(name).unequal == UNEQUAL[name]
+    assert strategies.strategy_class(name).unequal.value == UNEQUAL[name]
 
 
 # ---- scale

@@ -197,7 +197,7 @@ def test_a_started_strategy_does_what_merge_says(name: str) -> None:
     play(strategy, grid, rounds=1)
     assert strategy.state is not None
     before = messages.state_of(initial(name), 1.0)
-    trains = strategy.trained(1) if strategy.withholds else None
+    trains = strategy.trained(1) if strategy.two_phase else None
     sent = [trained(grid.nodes[m.metadata.dst_node_id], m, trains) for m in grid.seen if m.metadata.message_type == "train"]
     updates = []
     for client, content in enumerate(sent):
@@ -206,7 +206,7 @@ def test_a_started_strategy_does_what_merge_says(name: str) -> None:
         updates.append(strategies.Update(client, 10 + client, adapters, dense))
     expected = strategies.make(name).merge(before, updates, 1)
     for layer, pair in strategy.state.adapters.items():
-        if strategy.withholds:  # what it gathers are projections of the same products
+        if strategy.two_phase:  # what it gathers are projections of the same products
             assert pytest.approx(expected.adapters[layer].B @ expected.adapters[layer].A, abs=1e-5) == pair.B @ pair.A
         else:
             assert all(np.array_equal(a, b) for a, b in zip(pair, expected.adapters[layer], strict=True))

@@ -26,7 +26,7 @@ from tests.test_rounds import StubGrid, honest, make, outside_of_flower  # noqa:
 from tests.test_rounds import play as play_stub
 from tests.test_wire import bits, play
 
-STEADY = [name for name in strategies.names() if strategies.strategy_class(name).steady]
+STEADY = [name for name in strategies.names() if strategies.strategy_class(name).keeps_basis]
 
 
 def a_state(rng: np.random.Generator) -> ServerState:

@@ -45,7 +45,7 @@ def make_strategy(config: Config) -> LoRAStrategy:
             f"strategy={strategy.name} leaves a part of every model on its client, so that the server has none to test; set "
             "evaluate.holdout=0.2, and each client tests its own"
         )
-    if config.compression.up != "none" and strategy.withholds:
+    if config.compression.up != "none" and strategy.two_phase:
         raise ConfigError(
             f"compression.up={config.compression.up} does not go with strategy={strategy.name}, whose clients send products of "
             "their factors and not changes; set it to none"
@@ -57,13 +57,13 @@ def make_strategy(config: Config) -> LoRAStrategy:
                 f"factors and not their sum alone; {check.command()} --list shows those that it goes with"
             )
         strategy.sum_of = secure.SecureMean(config.server.secure_bound, LEAST[config.privacy.name])
-    if strategy.withholds and (config.server.mean != "weighted" or config.privacy.name == "user"):
+    if strategy.two_phase and (config.server.mean != "weighted" or config.privacy.name == "user"):
         what = "privacy=user" if config.privacy.name == "user" else f"server.mean={config.server.mean}"
         raise ConfigError(f"strategy={strategy.name} never sees a client's own factors, which {what} needs; choose another")
     if config.server.mean != "weighted":
         strategy.robust = robust.make(config.server.mean, config.server.trim, config.server.norm_factor)
     if config.server.optimizer != "none":
-        if not strategy.steady:
+        if not strategy.keeps_basis:
             raise ConfigError(
                 f"server.optimizer={config.server.optimizer} does not go with strategy={strategy.name}, whose merge leaves the "
                 "coordinates that its moments are in; set it to none"

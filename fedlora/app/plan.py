@@ -25,6 +25,7 @@ from fedlora.compute.workbench import Workbench
 from fedlora.config import Config
 from fedlora.data import labels
 from fedlora.engines import pool
+from fedlora.server.wire import Unequal
 from strategies import LoRAStrategy
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ def ranked(strategy: LoRAStrategy) -> Derived:
         return []
     counts = Counter(strategy.ranks)
     text = ", ".join(f"{counts[rank]} of rank {rank}" for rank in sorted(counts))
-    how = "native to the strategy" if strategy.unequal == "native" else "by truncation down and zero padding up"
+    how = "native to the strategy" if strategy.unequal is Unequal.NATIVE else "by truncation down and zero padding up"
     return [("ranks", text, how)]
 
 

@@ -126,7 +126,7 @@ class Experiment:
             name: array.shape for name, array in messages.named(state.adapters, state.dense).items()
         }
         for layer, pair in state.adapters.items():
-            shapes |= {messages.rotation(layer): (rank, rank)} if "R" in self.strategy.down else {}
+            shapes |= {messages.rotation(layer): (rank, rank)} if "R" in self.strategy.downlink else {}
             shapes |= {f"{layer}.base_A.weight": (None, pair.A.shape[1]), f"{layer}.base_B.weight": (len(pair.B), None)}
         arrays = read_arrays(record, self.most_bytes, shapes, self.config.compression.down)
         try:

@@ -27,7 +27,7 @@ def needs(strategy: Wire) -> str:
         return "train R, the array <layer>.lora_R.weight between the factors"
     if strategy.corrects:
         return "add scale · base_B · base_A, the arrays <layer>.base_A.weight and base_B.weight, to the frozen weights"
-    if strategy.withholds:
+    if strategy.two_phase:
         return "keep the factors that they trained and answer further messages of the round"
     if strategy.personal:
         return f"keep their own lora_{strategy.personal} and head from round to round"

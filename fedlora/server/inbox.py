@@ -15,7 +15,7 @@ from fedlora.check import RunError
 from fedlora.server import foreign
 from fedlora.server.replies import authored, client_of, error_of, read_answer
 from fedlora.server.updates import MANY, at_rank, distance, in_scale, mean_of, most_bytes, read_update, size_of, too_long
-from fedlora.server.wire import Contents, Shapes, Wire, whole
+from fedlora.server.wire import Contents, Shapes, Unequal, Wire, whole
 from fedlora.untrusted import Malformed
 
 
@@ -142,7 +142,7 @@ class Inbox(Wire):
                 update = replace(update, adapters={}, dense={})
             else:
                 lengths[client] = 0.0 if at_once else distance(update, given)
-                update = in_scale(update, given.scale, self.state, self.unequal == "padded")
+                update = in_scale(update, given.scale, self.state, self.unequal is Unequal.PADDED)
             updates[client] = add(update) if at_once and not added else update
             if keeps:
                 self._taken[client] = content

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from enum import Enum
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -32,6 +33,24 @@ class Ask(Protocol):
         """
 
 
+class Unequal(Enum):
+    """What a strategy does with clients whose adapters have different ranks."""
+
+    NATIVE = "native"  # the paper's own way
+    PADDED = "padded"  # factors are cut to a client's rank on the way down and filled up with zeros on the way up
+    NO = "no"  # refuses
+
+
+class Fit(Enum):
+    """How well a strategy suits DP-SGD: how little of the noise reaches the model."""
+
+    STRONG = "strong"
+    GOOD = "good"
+    POSSIBLE = "possible"
+    WEAK = "weak"
+    UNKNOWN = "unknown"
+
+
 class Wire(FlowerFedAvg):
     """The messages of a strategy, made for each client; `fedlora.server.inbox` reads what comes back.
 
@@ -40,16 +59,18 @@ class Wire(FlowerFedAvg):
 
     trains: ClassVar[str] = "AB"  # what a client updates: "AB", "B", "A", or "R" (r, r) between factors that stay
     personal: ClassVar[str] = ""  # factors, of those, that stay with the client, and its head with them
-    down: ClassVar[str] = "AB"  # what has to be sent down to clients that can derive the rest; "R": A by its rotation
-    redraws: ClassVar[bool] = False  # every round begins with an A drawn from the seed, and with B zero
-    withholds: ClassVar[bool] = False  # clients keep the factors they trained, until `gather` asks for what merge needs of them
+    downlink: ClassVar[str] = "AB"  # factors sent to clients; with R the client rebuilds A = R A_0
+    resamples_A: ClassVar[bool] = False  # every round begins with an A drawn from the seed, and with B zero
+    two_phase: ClassVar[bool] = False  # clients keep the factors they trained, until `gather` asks for what merge needs of them
     corrects: ClassVar[bool] = False  # whether merge moves something into the base, which clients are sent as a base correction
     paper: ClassVar[str] = ""  # name and arXiv number, where there is one
     exact: ClassVar[bool] = False  # whether the merged product is Σ p_k B_k A_k
     linear: ClassVar[bool] = False  # whether merge needs no more of the updates than their weighted mean
-    steady: ClassVar[bool] = True  # whether a merge stays in the coordinates that clients were given
-    unequal: ClassVar[str] = "its server step is not made for them"  # unequal ranks: "native", "padded", or why not
-    private: ClassVar[str] = "unknown"  # how it suits DP-SGD: strong, good, possible or weak, and after a colon why
+    keeps_basis: ClassVar[bool] = True  # whether a merge stays in the coordinates that clients were given
+    unequal: ClassVar[Unequal] = Unequal.NO  # what is done with clients of unequal rank
+    one_rank: ClassVar[str] = "its server step is not made for unequal ones"  # why clients must have one rank, where they must
+    private: ClassVar[Fit] = Fit.UNKNOWN  # how well it suits DP-SGD
+    private_because: ClassVar[str] = ""  # and why
 
     scale: float
     init: str
@@ -83,7 +104,7 @@ class Wire(FlowerFedAvg):
 
     def sends(self, round: int) -> str:
         """The factors that clients send in this round; R goes by its own name, among the dense arrays."""
-        if self.withholds:
+        if self.two_phase:
             return ""
         return "".join(factor for factor in self.trained(round) if factor in "AB" and factor not in self.personal)
 
@@ -92,9 +113,9 @@ class Wire(FlowerFedAvg):
         state = state if rank is None else at_rank(state, rank)
         if not self.derive:
             return messages.named(*whole(state))
-        arrays = messages.named(state.adapters, state.dense, self.down.replace("R", ""), state.base_correction)
+        arrays = messages.named(state.adapters, state.dense, self.downlink.replace("R", ""), state.base_correction)
         arrays = compression.encode(arrays, self.encodes[0], 1.0)
-        if "R" in self.down and "R" not in self.trains:  # small, and a rotation only as long as it is exact
+        if "R" in self.downlink and "R" not in self.trains:  # small, and a rotation only as long as it is exact
             arrays |= self._rotations(state)
         return arrays
 
@@ -114,7 +135,7 @@ class Wire(FlowerFedAvg):
 
     def _derivable(self, before: ServerState, state: ServerState) -> ServerState:
         """The state in the very numbers that clients derive: A from its rotation, to the last bit."""
-        if not self.derive or "R" not in self.down or "R" in self.trains:
+        if not self.derive or "R" not in self.downlink or "R" in self.trains:
             return state
         turned = self._rotations(before)
         for layer, pair in state.adapters.items():
@@ -146,11 +167,11 @@ class Wire(FlowerFedAvg):
             messages.SENDS: self.sends(round),
             messages.PERSONAL: self.personal,
             messages.INIT: self.init,
-            messages.DRAWN: (round if evaluating else round - 1) if self.redraws else 0,
+            messages.DRAWN: (round if evaluating else round - 1) if self.resamples_A else 0,
             messages.ENCODES: encodes,
             messages.SHARE: share,
             messages.CHANGES: self._changes,
-            messages.KEEPS: self.withholds or self.silent,
+            messages.KEEPS: self.two_phase or self.silent,
             messages.SILENT: self.silent,
         }
         return {name: value for name, value in said.items() if value != ""}

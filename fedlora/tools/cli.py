@@ -142,13 +142,12 @@ def _list(config: Config) -> int:
         state = experiment.initial_state(bench, strategy)
         trains = strategy.trains + (f" ({strategy.personal} and head stay)" if strategy.personal else "")
         exact = "exact" if strategy.exact else "biased"
-        unequal = strategy.unequal if strategy.unequal in ("native", "padded") else "no"
         own = ", ".join(f"{key}={p.default}" for key, p in strategies.settings(name).items())
         sent = traffic.of_run(config, strategy, state)
         up, down = terminal.size(sent.up_each), terminal.size(sent.down_each)
         secure = "yes" if strategy.linear else "no"
-        paper, private = strategy.paper or "–", strategy.private.split(":")[0]
-        rows.append([name, paper, trains, up, down, exact, unequal, private, secure, own])
+        paper = strategy.paper or "–"
+        rows.append([name, paper, trains, up, down, exact, strategy.unequal.value, strategy.private.value, secure, own])
     columns = ["strategy", "paper", "trains", "up", "down", "merge", "unequal ranks", "DP-SGD", "secure sums", "settings"]
     what = f"{config.model.name}, rank {config.adapter.rank}: bytes of a client and round"
     terminal.table(f"{what}, on average over rounds={config.rounds} of {config.cohort_size} clients", columns, rows)

@@ -88,7 +88,7 @@ class Server:
         return message
 
     def _asks(self) -> dict[str, dict[str, np.ndarray]]:
-        if self.strategy.withholds:
+        if self.strategy.two_phase:
             _, down = self.strategy.sent_further(self.state)
             columns = down.pop(COLUMNS)
             return {"sketch": {COLUMNS: columns}, "project": down}

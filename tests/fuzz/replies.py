@@ -109,7 +109,7 @@ def row_of(strategy: Any) -> dict[str, Any]:
 def plain(rng: np.random.Generator) -> Counter[str]:
     """A run of any strategy under any encoding, mean and optimizer that it has."""
     name = str(rng.choice(strategies.names()))
-    keeps, steady = strategies.strategy_class(name).withholds, strategies.strategy_class(name).steady
+    keeps, steady = strategies.strategy_class(name).two_phase, strategies.strategy_class(name).keeps_basis
     method = "none" if keeps else str(rng.choice(compression.METHODS))
     kinds = KINDS if rng.integers(3) == 0 else KINDS[1:]
     strategy = make(name, min_available_nodes=MANY // 2, encodes=("none", method, 0.5), clients=MANY, **CHECKED)
