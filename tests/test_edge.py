@@ -185,7 +185,7 @@ def test_a_plan_comes_from_a_roll_call_and_trains_nothing(federation) -> None:
     command = deploy(federation, "name=planned", "rounds=2", "privacy.epsilon=6", "plan=true")
     done = run_py(*command, env=federation.environment, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "48 / 48 / 48" in done.stdout and "ε = 6" in done.stdout and "6 client rounds" in done.stdout
+    assert "48 each" in done.stdout and "ε = 6" in done.stdout and "6 client rounds" in done.stdout
     assert [(federation.state(k) / LEDGER).read_text() for k in range(3)] == before
     assert not (federation.folder / "results" / "planned").exists()
 

@@ -42,6 +42,12 @@ def _cohort(config: Config) -> str:
     return f"fraction {config.fraction:g}" + (", raised to two" if raised else "")
 
 
+def _spread(counts: np.ndarray) -> str:
+    """Numbers of examples in words."""
+    least, most = counts.min(), counts.max()
+    return f"{most} each" if least == most else f"{least} to {most}, {np.median(counts):g} at the median"
+
+
 def derive(bench: Workbench, strategy: LoRAStrategy, state: ServerState, guard: Keeper | None) -> Derived:
     """Every value that follows from the settings and the data, with its reason."""
     config, model = bench.config, bench.model
@@ -58,7 +64,7 @@ def derive(bench: Workbench, strategy: LoRAStrategy, state: ServerState, guard: 
         *ranked(strategy),
         *labels.derived(bench.dataset),
         ("cohort", f"{config.cohort_size} of {config.clients} clients", _cohort(config)),
-        ("examples a client", f"{counts.min()} to {counts.max()}, {np.median(counts):g} at the median",
+        ("examples a client", _spread(counts),
             f"{counts.sum()} in all, partition {config.partition.name}"),
         ("central test", f"{len(bench.dataset.test)} examples", "dataset.test" if config.dataset.test else
             f"test_fraction {config.dataset.test_fraction:g}"),
