@@ -158,18 +158,9 @@ def value_of(config: Config, name: str) -> Any:
     return reduce(getattr, name.split("."), config)
 
 
+# The fields of Config that are dataclasses themselves, by name.
 GROUPS: dict[str, type] = {
-    "model": ModelConfig,
-    "dataset": DatasetConfig,
-    "partition": PartitionConfig,
-    "adapter": AdapterConfig,
-    "train": TrainConfig,
-    "server": ServerConfig,
-    "compression": CompressionConfig,
-    "privacy": PrivacyConfig,
-    "evaluate": EvaluateConfig,
-    "checkpoint": CheckpointConfig,
-    "engine": EngineConfig,
+    name: kind for name, kind in get_type_hints(Config).items() if isinstance(kind, type) and dataclasses.is_dataclass(kind)
 }
 
 
