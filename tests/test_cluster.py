@@ -4,13 +4,14 @@ import dataclasses
 import re
 import socket
 import time
+from types import SimpleNamespace
 
 import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from fedlora import check
-from fedlora.app import cells, terminal
+from fedlora import check, identity
+from fedlora.app import cells, player, terminal
 from fedlora.engines import cluster, make, pool
 from fedlora.tools import cli
 from tests.conftest import ROOT
@@ -116,7 +117,8 @@ def test_who_leaves_the_cluster_leaves_it_standing_and_holds_no_core(config, nod
         time.sleep(0.2)
 
 
-def test_a_node_without_the_data_is_named(config) -> None:
+def test_a_node_without_the_data_is_named(config, monkeypatch) -> None:
+    monkeypatch.setattr(cluster, "sources", lambda config: None)  # the file is not here either
     config.dataset = dataclasses.replace(config.dataset, name="files", path="/nowhere/train.csv", text="text")
     with pytest.raises(check.RunError, match=r"^node .+ \(.+\): dataset.path=/nowhere/train.csv does not exist"):
         workers_on(config, "clients.app:app", ["never"])
@@ -128,6 +130,16 @@ def test_a_node_with_other_versions_is_refused_with_the_difference(config, monke
     told = rf"^node .+ has torch {there['torch']} and not 1.0 as here; install the same versions on every node$"
     with pytest.raises(check.RunError, match=told.replace("+cpu", r"\+cpu")):
         workers_on(config, "clients.app:app", ["never"])
+
+
+def test_a_node_with_other_files_is_refused(config, monkeypatch) -> None:
+    monkeypatch.setattr(cluster, "sources", lambda config: identity.sources(config) | {"data": "0" * 64})
+    with pytest.raises(
+        check.RunError, match=r"^node .+ \(.+\) differs from the command in data; copy the command's files there$"
+    ):
+        workers_on(config, "clients.app:app", ["never"])
+    (summary,) = player.Player.play(SimpleNamespace(stopped=False), [config.to_json()], [cluster.sources(config)])
+    assert summary["status"] == "failed" and "differs from the command in data" in summary["reason"]
 
 
 def test_cells_side_by_side_run_on_the_cluster_and_on_a_node_that_joins(nodes, tmp_path, capsys, monkeypatch) -> None:

@@ -236,8 +236,13 @@ class SideBySide:
     def _begin(self, seat: Seat, numbers: tuple[int, ...], attempts: int) -> None:
         for number in numbers:
             terminal.say(self._label(number) + self.recorders[number].folder.name)
-        cells = [self.recorders[number].config.to_json() for number in numbers]
-        self.running[seat.player.play.remote(cells)] = seat, numbers, attempts
+        from fedlora.engines import cluster
+
+        configs = [self.recorders[number].config for number in numbers]
+        playing = seat.player.play.remote(
+            [config.to_json() for config in configs], [cluster.sources(config) for config in configs]
+        )
+        self.running[playing] = seat, numbers, attempts
 
     def _end(self, task: Any) -> None:
         """Take in the summaries of cells, or begin them again where their worker died."""

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import FrameType
@@ -55,14 +56,23 @@ class Player:
 
         return ray.get_runtime_context().get_node_id(), os.getpid()
 
-    def play(self, cells: list[str]) -> list[Summary]:
-        """The summaries of the cells, played inline: one by itself, several in step."""
-        from fedlora.engines import instep
+    def play(self, cells: list[str], sources: Sequence[dict[str, str] | None] | None = None) -> list[Summary]:
+        """The summaries of the cells, played inline: one by itself, several in step.
+
+        `sources` are those of the driver, one for each cell; a cell whose files are others here has failed.
+        """
+        from fedlora.engines import cluster, instep
 
         if self.stopped:
             return [INTERRUPTED] * len(cells)
         name, started = "inline" if len(cells) == 1 else "instep", time.perf_counter()
-        played = [partial(attempt, from_json(cell), started, engine_name=name) for cell in cells]
+        configs = [from_json(cell) for cell in cells]
+        try:
+            for config, theirs in zip(configs, sources or [None] * len(cells), strict=True):
+                cluster.check_sources(config, theirs)
+        except (ConfigError, RunError) as error:
+            return [{"status": "failed", "reason": str(error)} for _ in cells]
+        played = [partial(attempt, config, started, engine_name=name) for config in configs]
         self.playing = True
         try:
             return [played[0]()] if len(cells) == 1 else instep.run(played, lambda: self.stopped)

@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from fedlora import identity
 from fedlora.check import ConfigError, RunError
 from fedlora.config import Config
 
@@ -209,6 +210,22 @@ def driver(config: Config) -> Driver:
     from fedlora.compute.workbench import torch_device
 
     return Driver(os.getcwd(), torch_device(config.device).type, config.engine.address, versions(), processor())
+
+
+def sources(config: Config) -> dict[str, str] | None:
+    """Digests of the data, the base model and the strategy's code of this process, for workers on other machines.
+
+    None where all workers are on this machine. Raises ConfigError where data or model cannot be read.
+    """
+    return None if config.engine.address is None else identity.sources(config)
+
+
+def check_sources(config: Config, theirs: dict[str, str] | None) -> None:
+    """Raises RunError where the files of this worker are not those of the driver, whose `sources` these are."""
+    own = identity.sources(config) if theirs is not None else {}
+    others = [name for name, found in own.items() if theirs and found != theirs[name]]
+    if others:
+        raise RunError(f"{here()} differs from the command in {', '.join(others)}; copy the command's files there")
 
 
 def versions() -> dict[str, str]:

@@ -31,14 +31,18 @@ class Worker:
         self.app = load_app(app)
         self.held: dict[Any, Any] = {}  # the contents of the newest messages, by reference
 
-    def warm(self, experiment: str) -> tuple[str, str]:
-        """Build the workbench before the first client asks for it; returns the ids of the node, and its processor."""
+    def warm(self, experiment: str, sources: dict[str, str] | None = None) -> tuple[str, str]:
+        """Build the workbench before the first client asks for it; returns the ids of the node, and its processor.
+
+        Raises RunError where data or model are not there, or are others than those of `sources` (`cluster.sources`).
+        """
         import ray
 
         from fedlora.compute import workbench
 
         try:
             bench = workbench.build_from(experiment)
+            cluster.check_sources(bench.config, sources)
             assert bench.rows is not None  # encodes the examples and tries them
         except ConfigError as error:
             raise RunError(f"{cluster.here()}: {error}") from error
@@ -89,15 +93,17 @@ class Pool:
         self.kind = kind
         self.actor, self.nodes = cluster.actor(Worker, kind.gpus), cluster.Nodes(kind.gpus)
         self.experiment = ""
+        self.sources: dict[str, str] | None = None  # `cluster.sources` of the experiment
         self.served = False  # whether any worker has been warm for the experiment
         self.idle: deque[Seat] = deque()
         self.warming: dict[Any, Seat] = {}  # by the reference to the end of it
         self.size = 0  # workers, the busy ones included
         self._looked = -math.inf
 
-    def warm(self, experiment: str) -> None:
-        """Let every worker build what the experiment needs; `admit` says when."""
-        self.experiment, self.served, self.nodes = experiment, False, cluster.Nodes(self.kind.gpus)
+    def warm(self, experiment: str, sources: dict[str, str] | None = None) -> None:
+        """Let every worker build what the experiment needs, from the same files; `admit` says when."""
+        self.experiment, self.sources = experiment, sources
+        self.served, self.nodes = False, cluster.Nodes(self.kind.gpus)
         for _ in range((self.kind.workers or 0) - self.size):
             self._add()
         while self.idle:
@@ -109,7 +115,7 @@ class Pool:
         self._warm(Seat(self.nodes.place(self.actor).remote(self.kind.app, self.kind.driver)))
 
     def _warm(self, seat: Seat) -> None:
-        self.warming[seat.worker.warm.remote(self.experiment)] = seat
+        self.warming[seat.worker.warm.remote(self.experiment, self.sources)] = seat
 
     def _grow(self) -> None:
         """Take on what the cluster has room for; what it says lags behind, so not before all those asked for are up."""

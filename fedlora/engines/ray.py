@@ -23,7 +23,7 @@ from flwr.serverapp import Grid
 
 from fedlora import interrupt
 from fedlora.config import Config
-from fedlora.engines import cohort
+from fedlora.engines import cluster, cohort
 from fedlora.engines.base import CLIENT_APP, OnReply
 from fedlora.engines.local import WORKER_LOST, LocalGrid, adds, carrying
 from fedlora.engines.pool import TICK, Pool, Seat, pool, start_ray
@@ -160,13 +160,14 @@ class RayEngine:
         self.grid: RayGrid | None = None
         if config.engine.address is not None:
             start_ray(config.engine, app)  # now, so that a wrong address is said before any work
+        self.sources = cluster.sources(config)
         threading.Thread(target=self._start, daemon=True, name="ray").start()
 
     def _start(self) -> None:
         try:
             start_ray(self.config.engine, self.app)
             started = pool(self.config, self.app)
-            started.warm(self.config.to_json())
+            started.warm(self.config.to_json(), self.sources)
             self.starting.set_result(started)
         except BaseException as error:
             self.starting.set_exception(error)
