@@ -142,7 +142,7 @@ def test_private_runs_have_the_same_bits_on_workers(config) -> None:
 
 def test_gpu_shares_without_a_gpu_are_refused(config) -> None:
     config.engine.gpus_per_worker = 0.5
-    with pytest.raises(engines.ConfigError, match=r"engine.gpus_per_worker=0.5 needs a GPU.*set it to 0"):
+    with pytest.raises(ConfigError, match=r"engine.gpus_per_worker=0.5 needs a GPU.*set it to 0"):
         pool.resources(config)
 
 
