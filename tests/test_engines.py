@@ -13,7 +13,7 @@ import strategies
 from fedlora import engines
 from fedlora.app import experiment
 from fedlora.arrays import messages
-from fedlora.check import RunError
+from fedlora.check import ConfigError, RunError
 from fedlora.compute import workbench
 from fedlora.engines import pool
 from tests import apps
