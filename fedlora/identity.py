@@ -65,11 +65,11 @@ def sources(config: Config, launched: bool = False) -> dict[str, str]:
 
 @lru_cache
 def strategy_digest(name: str) -> str:
-    """SHA-256 of the source of a strategy: its own file and those of the classes that it is built from, in strategies/."""
+    """SHA-256 of the source of a strategy: its own file and those of ours that its classes are built from."""
     found = hashlib.sha256()
     modules = dict.fromkeys(base.__module__ for base in strategies.strategy_class(name).__mro__)
     for module in modules:
-        if module.startswith("strategies.") and (file := sys.modules[module].__file__):
+        if module.startswith(("strategies.", "fedlora.server.")) and (file := sys.modules[module].__file__):
             source = Path(file).read_bytes()
             found.update(f"/{module}/{len(source)}/".encode() + source)
     return found.hexdigest()

@@ -12,11 +12,13 @@ from unittest.mock import patch
 import pytest
 
 import clients.cost
+from fedlora import validate
 from fedlora.app.reads import unread
 from fedlora.compute import workbench
 from fedlora.config import GROUPS, Config, declared
 from fedlora.data import resident
 from fedlora.tools import cli
+from tests import tiny
 from tests.conftest import ROOT
 from tests.fuzz import checkpoints, commands, tables
 from tests.fuzz import settings as fuzz
@@ -67,7 +69,7 @@ def reads():
         for of, prefix in [(Config, ""), *((of, f"{group}.") for group, of in GROUPS.items())]:
             patches.enter_context(watched(of, prefix))
         patches.enter_context(patch.object(cli, "compose", aside(cli.compose)))
-        patches.enter_context(patch.object(Config, "checked", aside(Config.checked)))
+        patches.enter_context(patch.object(validate, "checked", aside(validate.checked)))
         yield read
 
 
@@ -87,7 +89,8 @@ def test_a_run_reads_every_setting_that_it_is_said_to_read(name, tmp_path) -> No
     """What it is not said to read is refused (tests/test_settings.py), so that nothing that is typed is ignored."""
     with commands.standing_in(tmp_path) as here:
         (here / "t.csv").write_text("text,label\n" + "a good film,yes\na bad film,no\n" * 8)
-        checkpoints.bert(here / "model")
+        (here / "model").mkdir()
+        tiny.bert(here / "model", ["no", "yes"])
         read = read_by(RUNS[name])
         config = cli.compose(ROOT / "configs", [*fuzz.SMALL, *RUNS[name]])
     ignored = declared().keys() - unread(config).keys() - read - {"strategy"}

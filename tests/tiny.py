@@ -16,12 +16,12 @@ def named(classes: Sequence[str]) -> dict[str, Any]:
     return {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
 
 
-def bert(folder: Path, classes: Sequence[str] = ()) -> Path:
+def bert(folder: Path, classes: Sequence[str] = (), words: Sequence[str] = VOCABULARY) -> Path:
     """An encoder; with classes, a head for them."""
     import transformers
 
-    transformers.BertTokenizer(vocab={word: i for i, word in enumerate(VOCABULARY)}).save_pretrained(folder)
-    config = transformers.BertConfig(vocab_size=len(VOCABULARY), **SIZES, **named(classes) if classes else {})
+    transformers.BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder)
+    config = transformers.BertConfig(vocab_size=len(words), **SIZES, **named(classes) if classes else {})
     made = transformers.BertForSequenceClassification if classes else transformers.BertModel
     made(config).save_pretrained(folder)
     return folder

@@ -22,11 +22,13 @@ from fedlora.check import ConfigError
 from fedlora.compute import workbench
 from fedlora.config import from_dict
 from fedlora.validate import checked
-from tests.fuzz import checkpoints, damage
+from tests import tiny
+from tests.fuzz import damage
 from tests.fuzz.commands import LONG as NO_SENTENCE
 from tests.fuzz.patience import patience
 from tests.fuzz.searched import searched
 
+WORDS = (*tiny.VOCABULARY, "the", "is", "long", "x")
 LONG = "9" * 5000  # digits: in JSON as a number
 ODD = (
     "", " ", "a", "NA", "null", "nan", "0", "1.0", "01", '"', "'", '""', "a,b", "a\tb", "a\nb", "a\r\nb", "a\rb", "\u2028",
@@ -176,7 +178,7 @@ def read(dataset: dict[str, Any], model: Path | None = None) -> str:
 @contextlib.contextmanager
 def part(folder: Path) -> Iterator[Callable[[int], Counter[str]]]:
     """The function from a seed to what came of its files."""
-    model = checkpoints.bert(folder / "model")
+    model = tiny.bert(folder / "model", ["no", "yes"], WORDS)
 
     def tried(file: tuple[str, bytes] | list[bytes]) -> str:
         place = folder / "data"
