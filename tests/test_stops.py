@@ -183,8 +183,11 @@ def test_what_is_held_is_done_whole() -> None:
 
 
 def test_a_file_that_ctrl_c_cuts_off_leaves_the_old_one_and_nothing_else(tmp_path, monkeypatch) -> None:
+    def interrupted(_) -> None:
+        raise KeyboardInterrupt
+
     disk.write(tmp_path / "file", b"old")
-    monkeypatch.setattr(os, "fsync", lambda _: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(os, "fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
         disk.write(tmp_path / "file", b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["file"] and (tmp_path / "file").read_bytes() == b"old"
