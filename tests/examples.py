@@ -35,6 +35,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from fedlora.check import ConfigError
 from tests.conftest import ROOT
@@ -201,8 +202,8 @@ def _parses(module: str, arguments: list[str]) -> None:
     argparse.ArgumentParser.parse_args = parse_args  # type: ignore[method-assign,assignment]
     argv, sys.argv = sys.argv, [module, *arguments]
     try:
-        with contextlib.suppress(_Accepted):
-            runpy.run_module(module, run_name="__main__", alter_sys=False)
+        with contextlib.suppress(_Accepted), patch("fedlora.app.command.run", lambda main, stopped=None: main()):
+            runpy.run_module(module, run_name="__main__", alter_sys=False)  # a signal is still pytest's affair
     finally:
         argparse.ArgumentParser.parse_args, sys.argv = real, argv  # type: ignore[method-assign]
     assert taken is not None, f"{module} has no parser"

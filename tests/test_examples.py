@@ -3,10 +3,12 @@
 import dataclasses
 import re
 import shutil
+import signal
 
 import pytest
 import yaml
 
+from fedlora import interrupt
 from fedlora.check import ConfigError
 from fedlora.config import GROUPS
 from tests import examples
@@ -100,7 +102,14 @@ def test_the_files_of_extending_work_and_its_commands_run(tmp_path) -> None:
     assert saved[0].read_bytes() == saved[1].read_bytes()
 
 
-# ---- the checks themselves can fail
+# ---- the checks themselves leave the process as it was, and can fail
+
+
+def test_a_command_that_is_tried_here_does_not_watch_over_this_process(tmp_path) -> None:
+    arguments = ["-m", "fedlora.deploy.client", "--superlink", "127.0.0.1:9", "--client", "0", "--data", "x", "--epsilon", "1"]
+    before = signal.getsignal(signal.SIGINT)
+    examples.accept(Command(1, "python", arguments), tmp_path)
+    assert signal.getsignal(signal.SIGINT) is before and not interrupt.watched
 
 
 @pytest.mark.parametrize("arguments", [["run.py", "strategy=fedsvdd"], ["run.py", "-m", "seed=1,2", "client=3"],
