@@ -20,7 +20,8 @@ from tests.conftest import ROOT, write_digits
 BUSY = 15.0  # seconds, where other tests have the cores too; `python -m tests.stops` allows 5
 HEAD = """
 import os, signal, subprocess, sys, threading, time
-from fedlora import command, interrupt
+from fedlora import interrupt
+from fedlora.app import command
 from fedlora.interrupt import CtrlC
 
 def ready():
