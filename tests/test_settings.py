@@ -244,6 +244,20 @@ def test_lists_of_texts_and_sweeps_of_texts() -> None:
     assert [cell.name for cell in cells("-m", "name=choice(a,b)")] == ["a", "b"]
 
 
+@pytest.mark.parametrize(
+    ("swept", "sentence"),
+    [
+        (["adapter.alpha=range(1,2,0)"], "adapter.alpha=range(1,2,0) cannot be swept (range() arg 3 must not be zero); name the"),
+        (["adapter.alpha=range(1,0)"], "adapter.alpha=range(1,0) gives no value; name the values, with commas between"),
+        (["train.lr=interval(0,1)"], "train.lr=interval(0,1) gives no value"),
+        (["train.lr=range(0.0,1.0,1e-300)"], "the sweep has 10,001 cells or more, above 10,000; name fewer values"),
+        (["seed=range(0,1000)", "rounds=range(1,1000)"], "the sweep has 999,000 cells or more, above 10,000"),
+    ],
+)
+def test_a_sweep_that_gives_no_cells_or_no_end_of_them_is_refused(swept, sentence) -> None:
+    assert refusal("-m", *swept).startswith(sentence)
+
+
 def test_a_comma_in_a_path_is_part_of_it_where_that_file_is_there_or_quotes_say_so(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     sentence = refusal("dataset=files", "dataset.text=t", "dataset.path=a,b.csv")

@@ -15,6 +15,7 @@ from fedlora.check import ConfigError
 from fedlora.compute import workbench
 from fedlora.config import Config, DatasetConfig
 from fedlora.data import Dataset, Examples, resident
+from fedlora.engines import pool
 from fedlora.tools import cli
 from tests.conftest import ROOT, write_digits
 from tests.test_checkpoint import broken_off, outcome, quick  # noqa: F401  # a fixture
@@ -62,6 +63,19 @@ def test_data_that_were_edited_between_a_kill_and_the_same_command_are_refused(d
         experiment.run(make(), 0.0)  # it has finished, on other data
     other = experiment.run(make(overwrite=True), 0.0)
     assert other["status"] == "finished" and outcome(where) != outcome(where.with_name("whole")) and whole["rounds"] == 3
+
+
+def test_workers_that_stay_for_another_run_read_edited_data_anew(digits, tmp_path) -> None:
+    make, train = digits
+
+    def trained(name: str, engine: str) -> bytes:
+        experiment.run(make(name=name, engine__name=engine, engine__workers=1 if engine == "ray" else None), 0.0)
+        return (tmp_path / "results" / name / "adapter" / "adapter_model.safetensors").read_bytes()
+
+    first = trained("first", "ray")
+    edit(train)
+    assert trained("again", "ray") == trained("alone", "inline") != first
+    pool.shutdown()
 
 
 @pytest.mark.parametrize(

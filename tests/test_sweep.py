@@ -100,13 +100,13 @@ def workers(tmp_path, monkeypatch):
 class Mortal(cells.Player):
     """A player that dies in its first cell of seed 1, and in every one of seed 2."""
 
-    def play(self, cells: list[str]):
+    def play(self, cells: list[str], sources=None):
         (cell,), mark = cells, Path(os.environ["FEDLORA_TEST_MARK"])
         if '"seed": 2' in cell or not mark.exists():
             if '"seed": 1' in cell:
                 mark.touch()
             os._exit(1)
-        return super().play(cells)
+        return super().play(cells, sources)
 
 
 def test_a_cell_whose_worker_dies_is_run_once_more_and_then_failed(small, capsys, monkeypatch, workers) -> None:

@@ -6,6 +6,7 @@ so that a cell is composed once and what was checked is what is run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -41,6 +42,9 @@ def expand(arguments: list[str], multirun: bool) -> list[list[str]]:
     overrides = grammar.parsed(arguments, multirun)
     if not multirun:
         return [[str(override.input_line) for override in overrides]]
+    cells = math.prod(len(grammar.values(override)) for override in overrides if override.is_sweep_override())
+    if cells > grammar.MOST_CELLS:
+        raise ConfigError(f"the sweep has {cells:,} cells or more, above {grammar.MOST_CELLS:,}; name fewer values")
     batches = BasicSweeper.split_arguments(overrides, max_batch_size=None)
     return [list(cell) for batch in batches for cell in batch]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
 MOST_DIGITS = 300  # of a number: Python reads no more than 4300, and a float holds 308
+MOST_CELLS = 10_000  # of a sweep
 NAME = re.compile(r"[\w.-]+")
 FUNCTION = re.compile(r"(choice|range|interval|glob|shuffle|sort)\(.*\)")  # of Hydra's grammar of sweeps
 TEXT, TEXTS = (str, str | None), (list[str],)
@@ -64,6 +66,23 @@ def _parsed(argument: str, multirun: bool) -> Override:
         quote = f", or put quotes around one value that has commas: \"{key}='{value}'\"" if quotes else ""
         raise ConfigError(f"{check.shown(argument)} names several values; add -m to run one cell for each{quote}")
     return override
+
+
+def values(override: Override) -> list[str]:
+    """The values that a sweep gives a setting, each as it is typed; at most one more than `MOST_CELLS`.
+
+    Raises ConfigError where there is none, or where they cannot be counted.
+    """
+    from hydra.errors import HydraException
+
+    typed = check.shown(override.input_line)
+    try:
+        found = list(islice(override.sweep_string_iterator(), MOST_CELLS + 1)) if override.is_discrete_sweep() else []
+    except (HydraException, ValueError, TypeError, OverflowError) as error:
+        raise ConfigError(f"{typed} cannot be swept ({check.reason(error)}); name the values, with commas between") from error
+    if not found:
+        raise ConfigError(f"{typed} gives no value; name the values, with commas between")
+    return found
 
 
 def quoted(key: str, value: str, multirun: bool) -> str:

@@ -19,6 +19,7 @@ from fedlora.config import Config, EngineConfig
 from fedlora.engines import cluster
 from fedlora.engines.base import CLIENT_APP, load_app
 from fedlora.engines.local import adds, carrying, play
+from fedlora.validate import from_json
 
 TICK = 1.0  # seconds between looks for nodes that have joined
 
@@ -41,7 +42,7 @@ class Worker:
         from fedlora.compute import workbench
 
         try:
-            bench = workbench.build_from(experiment)
+            bench = workbench.refreshed(from_json(experiment))  # a worker stays for runs whose data have been edited since
             cluster.check_sources(bench.config, sources)
             assert bench.rows is not None  # encodes the examples and tries them
         except ConfigError as error:

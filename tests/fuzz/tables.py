@@ -162,7 +162,7 @@ def read(dataset: dict[str, Any], model: Path | None = None) -> str:
     """What comes of a run that begins with these files: its examples are read and encoded, or refused in one sentence."""
     chosen = {"model": {"name": "hf", "path": str(model), "max_length": 16}} if model else {}
     try:
-        bench = workbench.build(checked(from_dict({"dataset": {"name": "files", **dataset}, **KEPT, **chosen})))
+        bench = workbench.refreshed(checked(from_dict({"dataset": {"name": "files", **dataset}, **KEPT, **chosen})))
         for examples, encoded in ((bench.dataset.train, bench.train), (bench.dataset.test, bench.test)):
             assert len(examples) == len(examples.labels) == len(encoded)
             assert np.all((examples.labels >= 0) & (examples.labels < len(bench.dataset.classes)))
