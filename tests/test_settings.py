@@ -247,7 +247,7 @@ def test_lists_of_texts_and_sweeps_of_texts() -> None:
 @pytest.mark.parametrize(
     ("swept", "sentence"),
     [
-        (["adapter.alpha=range(1,2,0)"], "adapter.alpha=range(1,2,0) cannot be swept (range() arg 3 must not be zero); name the"),
+        (["adapter.alpha=range(1,2,0)"], "adapter.alpha=range(1,2,0) cannot be swept (range() arg 3 must not be zero)"),
         (["adapter.alpha=range(1,0)"], "adapter.alpha=range(1,0) gives no value; name the values, with commas between"),
         (["train.lr=interval(0,1)"], "train.lr=interval(0,1) gives no value"),
         (["train.lr=range(0.0,1.0,1e-300)"], "the sweep has 10,001 cells or more, above 10,000; name fewer values"),
