@@ -5,9 +5,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import ray
 
 from fedlora import identity, models
 from fedlora.app import cells, experiment, naming, records
@@ -65,17 +67,17 @@ def test_data_that_were_edited_between_a_kill_and_the_same_command_are_refused(d
     assert other["status"] == "finished" and outcome(where) != outcome(where.with_name("whole")) and whole["rounds"] == 3
 
 
-def test_workers_that_stay_for_another_run_read_edited_data_anew(digits, tmp_path) -> None:
+def test_a_worker_that_stays_for_another_run_reads_edited_data_anew(digits, monkeypatch) -> None:
     make, train = digits
-
-    def trained(name: str, engine: str) -> bytes:
-        experiment.run(make(name=name, engine__name=engine, engine__workers=1 if engine == "ray" else None), 0.0)
-        return (tmp_path / "results" / name / "adapter" / "adapter_model.safetensors").read_bytes()
-
-    first = trained("first", "ray")
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "this"))
+    worker = pool.Worker("clients.app:app", SimpleNamespace(settle=lambda: "processor"))
+    worker.warm(make(name="first").to_json())
+    before = workbench.build(make(name="first")).dataset.train.labels
     edit(train)
-    assert trained("again", "ray") == trained("alone", "inline") != first
-    pool.shutdown()
+    worker.warm(make(name="second").to_json())
+    bench = workbench.build(make(name="second"))
+    assert np.array_equal(bench.dataset.train.labels, (before + 1) % 10)
+    assert np.array_equal(bench.train.labels.numpy(), bench.dataset.train.labels)
 
 
 @pytest.mark.parametrize(
