@@ -21,7 +21,7 @@ from fedlora.models.adapted import AdaptedModel
 from fedlora.models.trial import tried
 from fedlora.models.vit_digits import FOLDER
 from tests.test_cohort import factors
-from tests.test_models import CPU, bert, gpt2, reviews  # noqa: F401 (fixtures)
+from tests.test_models import CPU, bert, gpt2, photos, reviews, vit  # noqa: F401 (fixtures)
 from tests.tiny import SIZES, VOCABULARY
 
 
@@ -95,6 +95,14 @@ def test_a_text_without_a_token_is_refused_by_its_number(gpt2) -> None:
 def test_a_length_without_room_for_text_is_refused(bert, reviews) -> None:
     with pytest.raises(ConfigError, match=r"model.max_length=2 leaves no room beside the 2 tokens"):
         load(bert, reviews, max_length=2)
+
+
+@pytest.mark.parametrize("mean", [[0.5, [0.5], 0.5], [0.5, {}, 0.5]])
+def test_an_image_processor_with_nonsense_in_it_is_one_sentence(vit, photos, mean) -> None:
+    file = vit / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"image_mean": mean}))
+    with pytest.raises(ConfigError, match=r"its preprocessor_config.json prepares no image \(.+\); fetch or save it again"):
+        load(vit, photos).encode(photos.train)
 
 
 # ---- positions, and models that read an end token

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fedlora import seeds
+from fedlora.check import ConfigError, reason
 from fedlora.config import ModelConfig
 from fedlora.data import Dataset, Examples
 from fedlora.models import files, heads, pretrained, tokens
@@ -42,7 +43,7 @@ def load(config: ModelConfig, dataset: Dataset, seed: int) -> Base:
         encode, saved = known.encode, known.tokenizer
     else:
         saved = _image_processor(inputs)
-        encode = partial(encode_images, saved, model.config)
+        encode = partial(encode_images, path, saved, model.config)
     source = os.path.abspath(path) if os.path.isdir(path) else path
 
     def save_inputs(folder: Path) -> None:
@@ -101,12 +102,21 @@ def _image_processor(path: str) -> Any:
         return transformers.AutoImageProcessor.from_pretrained(path, backend="pil", **files.at(path))
 
 
-def encode_images(processor: Any, model_config: Any, examples: Examples) -> Encoded:
-    """Pixels resized and normalised by the checkpoint's own processor; grey images are repeated over the channels."""
+def encode_images(path: str, processor: Any, model_config: Any, examples: Examples) -> Encoded:
+    """Pixels resized and normalised by the checkpoint's own processor; grey images are repeated over the channels.
+
+    Raises ConfigError, naming model.path, where the processor cannot do that.
+    """
     channels = getattr(model_config, "num_channels", 3)
     images = [_to_channels(np.asarray(image), channels) for image in examples.inputs]
-    pixels = processor(images, do_rescale=False, input_data_format="channels_last", return_tensors="np")["pixel_values"]
-    return Images(torch.from_numpy(examples.labels), torch.from_numpy(np.asarray(pixels, dtype=np.float32)))
+    try:
+        found = processor(images, do_rescale=False, input_data_format="channels_last", return_tensors="np")
+        pixels = np.asarray(found["pixel_values"], dtype=np.float32)
+    except Exception as error:  # the library does not check what is in the file
+        raise ConfigError(
+            f"model.path={path}: its preprocessor_config.json prepares no image ({reason(error)}); fetch or save it again"
+        ) from error
+    return Images(torch.from_numpy(examples.labels), torch.from_numpy(pixels))
 
 
 def _to_channels(image: np.ndarray, channels: int) -> np.ndarray:
