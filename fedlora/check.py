@@ -31,11 +31,11 @@ def sentence(error: BaseException) -> str:
     return str(error) if isinstance(error, ConfigError | RunError) else f"{type(error).__name__}: {error}"
 
 
-def reason(error: BaseException, length: int = 200) -> str:
-    """The first line of what a library's error says, at most `length` characters; its kind where it says nothing."""
+def reason(error: BaseException) -> str:
+    """The first line of what a library's error says, cut after 200 characters; its kind where it says nothing."""
     lines = str(error).strip().splitlines()
     text = lines[0].rstrip(".: ") if lines else type(error).__name__
-    return text if len(text) <= length else f"{text[:length]} …"
+    return text if len(text) <= 200 else f"{text[:200]} …"
 
 
 def exit_status(command: Callable[[], int]) -> int:
@@ -127,7 +127,7 @@ def suggest(word: str, options: Iterable[str]) -> str:
     return f"choose one of: {', '.join(options)}"
 
 
-def suggest_setting(name: str, names: Iterable[str], also: Mapping[str, str] | None = None) -> str:
+def suggest_setting(name: str, names: Iterable[str], also: Mapping[str, str]) -> str:
     """What to say of a dotted name that no setting has: the settings of nearly that name, in the same group or of any other.
 
     `also` are settings by what other programs call them. A list of names is that of one group, never of all.
@@ -137,7 +137,7 @@ def suggest_setting(name: str, names: Iterable[str], also: Mapping[str, str] | N
     namesakes = sorted(known for known in names if known.rpartition(".")[2] == last)
     typed = difflib.get_close_matches(last, own, n=1, cutoff=ALIKE) if group else []
     alike = [] if own and group else difflib.get_close_matches(name, sorted(names), n=1, cutoff=ALIKE)
-    near = [(also or {})[last]] if last in (also or {}) else [own[word] for word in typed] or namesakes or alike
+    near = [also[last]] if last in also else [own[word] for word in typed] or namesakes or alike
     if near:
         return f"did you mean {' or '.join(near)}?"
     if group and own:

@@ -64,8 +64,7 @@ def derive(bench: Workbench, strategy: LoRAStrategy, state: ServerState, guard: 
         *ranked(strategy),
         *labels.derived(bench.dataset),
         ("cohort", f"{config.cohort_size} of {config.clients} clients", _cohort(config)),
-        ("examples a client", _spread(counts),
-            f"{counts.sum()} in all, partition {config.partition.name}"),
+        ("examples a client", _spread(counts), f"{counts.sum()} in all, partition {config.partition.name}"),
         ("central test", f"{len(bench.dataset.test)} examples", "dataset.test" if config.dataset.test else
             f"test_fraction {config.dataset.test_fraction:g}"),
         ("device", str(model.device), f"device={config.device}"),

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora import identity
-from fedlora.check import ConfigError, RunError
+from fedlora.check import ConfigError, RunError, reason
 from fedlora.config import Config
 
 ANSWER = 5.0  # seconds that a cluster has to say that it is there
@@ -59,8 +59,7 @@ def join(address: str, app: str) -> None:
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:  # another Ray or Python; no node here
         if isinstance(error, ConfigError):
             raise
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ConfigError(f"{where} cannot be joined from this machine ({first.rstrip('.')}); {cure}") from error
+        raise ConfigError(f"{where} cannot be joined from this machine ({reason(error)}); {cure}") from error
     joined = address
 
 
@@ -221,9 +220,13 @@ def sources(config: Config) -> dict[str, str] | None:
 
 
 def check_sources(config: Config, theirs: dict[str, str] | None) -> None:
-    """Raises RunError where the files of this worker are not those of the driver, whose `sources` these are."""
-    own = identity.sources(config) if theirs is not None else {}
-    others = [name for name, found in own.items() if theirs and found != theirs[name]]
+    """Raises RunError where the files of this worker are not those of the driver, whose `sources` these are.
+
+    None: the driver is on this machine, and nothing is compared.
+    """
+    if theirs is None:
+        return
+    others = [name for name, found in identity.sources(config).items() if found != theirs[name]]
     if others:
         raise RunError(f"{here()} differs from the command in {', '.join(others)}; copy the command's files there")
 
