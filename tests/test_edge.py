@@ -92,7 +92,7 @@ class Federation:
         assert [process.wait(PATIENCE) for process in registering] == [0, 0, 0]
 
     def device(
-        self, k: int, name: str = "", keys: str = "keys", key: str = "", epsilon: float = 0.0, wait: int = 5
+        self, k: int, name: str = "", keys: str = "keys", key: str = "", epsilon: float = 0.0, wait: float = PATIENCE
     ) -> subprocess.Popen[bytes]:
         data, ca, own = self.folder / "data", self.folder / keys / "ca.crt", self.folder / "keys" / (key or str(k))
         return self.start(
@@ -208,8 +208,8 @@ def test_ctrl_c_stops_the_run_on_the_server_too_and_leaves_no_process(federation
 
 
 def test_a_key_that_is_not_registered_and_a_certificate_of_another_ca_are_refused(federation) -> None:
-    stranger = federation.device(0, "stranger", key="stranger")
-    misled = federation.device(0, "misled", keys="other")
+    stranger = federation.device(0, "stranger", key="stranger", wait=5)
+    misled = federation.device(0, "misled", keys="other", wait=5)
     assert [process.wait(PATIENCE) for process in (stranger, misled)] == [1, 1]
     assert "Failed to activate SuperNode" in federation.log("stranger")
     assert "certificate verify failed" in federation.log("misled")
@@ -231,7 +231,7 @@ def test_a_device_without_budget_and_one_that_is_killed_are_named_and_the_run_go
     before = federation.account(1)
     assert [row["steps"] for row in before.rows] == [4, 4, 4, 300]  # written before the steps were taken
     before.close()
-    federation.device(1, wait=PATIENCE)
+    federation.device(1)
     until(lambda: rounds.exists() and rounds.read_text().count("\n") == 2, "the end of the round without device 1")
     assert running.wait(PATIENCE) == 0, federation.log("bumpy")
     _, first, second = rows_of(rounds.parent)
